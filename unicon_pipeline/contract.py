@@ -1,0 +1,90 @@
+"""What a foundation declares about itself, without torch: how it wants its input, what it gives.
+
+Planner, preprocessing, stems and heads read only these records; a test holds them against the real
+network of every family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ZYX = tuple[int, int, int]
+SpacingZYX = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class IntensityRule:
+    """How one modality's values become network input.
+
+    `piecewise`: linear interpolation between knots, constant beyond the outer ones. Two knots are a
+    clipped affine map, so windows and clip-then-z-score (nnU-Net's CT rule) are the same rule.
+    `zscore`: mean 0, standard deviation 1 over the image (for modalities without a physical unit).
+    """
+
+    scheme: str
+    unit: str
+    knots_in: tuple[float, ...] = ()
+    knots_out: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class FeatureLevel:
+    """One level of a feature pyramid: `stride_zyx` input voxels per feature voxel, `channels` maps.
+
+    `conv_maps` counts the maps that a forward pass keeps at this level for the backward pass
+    (channels x convolutions); the planner's memory rule needs it.
+    """
+
+    stride_zyx: ZYX
+    channels: int
+    conv_maps: int
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """How a foundation was trained to be fed.
+
+    `orientation`: arrays are z, y, x of an image stored in this patient orientation ("LPS" is ITK's);
+    None: as stored. `spacing_zyx_mm`: None means any. `fixed_shape_zyx`: the only input shape that
+    works, or None. `divisible_by_zyx`: input shapes must be multiples of this.
+    `intensity`: modality -> rule, at least for the native modalities.
+    """
+
+    modalities: tuple[str, ...]
+    orientation: str | None
+    spacing_zyx_mm: SpacingZYX | None
+    fixed_shape_zyx: ZYX | None
+    divisible_by_zyx: ZYX
+    intensity: dict[str, IntensityRule]
+
+
+@dataclass(frozen=True)
+class FoundationSpec:
+    """The declaration in `foundation.json`.
+
+    `architecture` is a key of the foundation registry and `arch_kwargs` its JSON arguments.
+    `projection`: the level at which input modalities are fused (output of the input projection).
+    `pyramid`: finest to coarsest. `kind`: `pyramid` or `tokens`.
+    `encoder_macs_per_voxel`: multiply-accumulates of one forward pass per input voxel.
+    """
+
+    architecture: str
+    arch_kwargs: dict[str, Any]
+    input: InputContract
+    kind: str
+    projection: FeatureLevel
+    pyramid: tuple[FeatureLevel, ...]
+    embedding_channels: int
+    encoder_macs_per_voxel: float
+    licence: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    load_report: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = 1
+
+
+# Air, fat and muscle, bone: half of the output range is spent on -200..300 HU, where soft tissues differ.
+CT_HU_RULE = IntensityRule("piecewise", "HU", (-1000.0, -200.0, 300.0, 1500.0), (-2.0, -1.0, 1.5, 2.5))
+
+# A fixed scale, so that an SUV means the same in every image; finer where lesions separate from tissue (below 10).
+PET_SUV_RULE = IntensityRule("piecewise", "SUV", (0.0, 2.5, 10.0, 50.0), (0.0, 1.0, 2.5, 4.5))
