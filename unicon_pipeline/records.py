@@ -43,9 +43,13 @@ def atomic_path(destination: Path) -> Iterator[Path]:
 
 def write_json(path: Path, payload: Any) -> None:
     """Writes `payload` (JSON scalars, lists, dicts) with stable formatting; NaN is refused."""
-    text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(canonical_json(payload), encoding="utf-8")
+
+
+def canonical_json(payload: Any) -> str:
+    """The one text that `write_json` gives a value."""
+    return json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, error: type[UniconError] = UniconError) -> Any:
@@ -145,7 +149,8 @@ def _convert(hint: Any, value: Any, where: str, error: type[UniconError]) -> Any
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_convert(arguments[0], item, f"{where}[{i}]", error) for i, item in enumerate(value))
         if len(arguments) == len(value):
-            return tuple(_convert(a, item, f"{where}[{i}]", error) for i, (a, item) in enumerate(zip(arguments, value)))
+            pairs = zip(arguments, value, strict=True)
+            return tuple(_convert(inner, item, f"{where}[{i}]", error) for i, (inner, item) in enumerate(pairs))
     elif origin is dict and isinstance(value, dict):
         return {key: _convert(arguments[1], item, f"{where}[{key!r}]", error) for key, item in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):

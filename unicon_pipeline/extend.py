@@ -1,0 +1,249 @@
+"""Extending the model by a task: plan, train only what is new, validate, add it to the model folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unicon_pipeline.contract import FoundationSpec
+from unicon_pipeline.dataset import read_task
+from unicon_pipeline.device import choose_device, choose_precision, machine_facts
+from unicon_pipeline.errors import PlanError
+from unicon_pipeline.extension_plan import (
+    ExtensionPlan,
+    check_trainable,
+    format_extension,
+    plan_extension,
+    schedule_for,
+)
+from unicon_pipeline.fingerprint import Fingerprint
+from unicon_pipeline.intensity import normalised_air
+from unicon_pipeline.loader import PatchLoader
+from unicon_pipeline.losses import SegmentationLoss, dice_of_counts
+from unicon_pipeline.metrics import finite_or_none, summarise
+from unicon_pipeline.model import build_task_model
+from unicon_pipeline.model_folder import ChainEntry, ModelFolder, TaskPlan, foundation_spec, open_or_create
+from unicon_pipeline.plan import DataPlan
+from unicon_pipeline.records import read_record, sha256_json, to_dict
+from unicon_pipeline.sliding_window import sliding_window_logits
+from unicon_pipeline.store import open_case, stored_case_ids
+from unicon_pipeline.training import Trainer, TrainingResult
+from unicon_pipeline.verify import probe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A task that is planned and preprocessed, and the folder that holds it."""
+
+    plan: DataPlan
+    folder: Path
+
+    @property
+    def cases(self) -> Path:
+        return self.folder / "cases"
+
+
+@dataclass(frozen=True)
+class ExtendResult:
+    """What an extension added; `entry` is None after a dry run."""
+
+    plan: ExtensionPlan
+    entry: ChainEntry | None
+    training: TrainingResult | None
+    validation: dict[str, Any] | None
+
+    def summary(self) -> str:
+        """One paragraph for a person."""
+        if self.entry is None:
+            return "Dry run: nothing was trained or written."
+        text = (
+            f"Added {self.entry.name}: {self.entry.trained_parameters:,} trained parameters, "
+            f"{self.entry.added_bytes / 1e6:.1f} MB; "
+            f"{self.training.steps} steps in {self.training.minutes:.1f} minutes."
+        )
+        if self.validation:
+            text += " Validation Dice {mean} (95 % interval {low} to {high}, n = {n}).".format_map(self.validation)
+        return text
+
+
+def extend(
+    task_folder: Path,
+    work: Path,
+    model: Path,
+    *,
+    fold: int | str = "all",
+    minutes: float | None = None,
+    epochs: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    seed: int = 0,
+    dry_run: bool = False,
+    resume: bool = True,
+) -> ExtendResult:
+    """Extends the model in `model` by the task in `task_folder`.
+
+    Args:
+        work: where unicon_plan_and_preprocess put the task.
+        model: a model folder; created from the embedded foundation where there is none.
+        fold: the fold to hold out and validate on, or "all".
+        minutes, epochs: the budget; training ends at whichever comes first.
+        resume: go on with a run of the same plan that was cut.
+
+    Raises:
+        PlanError: the task is not preprocessed for this model, or cannot be trained.
+        CheckpointError: the model folder is damaged, or has the task already.
+    """
+    planned = load_planned(task_folder, work, foundation_spec(model))
+    folder = None if dry_run and not (Path(model) / "model.json").exists() else open_or_create(model)
+    if folder and planned.plan.task in folder.tasks:
+        raise PlanError(f"{model} already has the task {planned.plan.task}; tasks are added once. Rename the task.")
+    extension = plan_extension(
+        planned.plan,
+        foundation_spec(model),
+        folder.stem_plans() if folder else {},
+        stored_case_ids(planned.cases),
+        schedule_for(minutes, epochs),
+        fold,
+        seed,
+    )
+    logger.info("%s", format_extension(extension))
+    if dry_run:
+        return ExtendResult(extension, None, None, None)
+    return _Extension(folder, planned, extension, choose_device(device), precision).run(resume)
+
+
+def load_planned(task_folder: Path, work: Path, spec: FoundationSpec) -> Planned:
+    """The preprocessed task of a task folder.
+
+    Raises:
+        PlanError: it is not there, was made for another foundation, or the task has changed since.
+    """
+    task = read_task(task_folder)
+    folder = Path(work) / "preprocessed" / task.name
+    again = f"Run: unicon_plan_and_preprocess -t {task.name}"
+    if not (folder / "plan.json").is_file():
+        raise PlanError(f"{task.name} is not planned yet: {folder / 'plan.json'} does not exist. {again}")
+    plan = read_record(folder / "plan.json", DataPlan, PlanError)
+    if plan.foundation != sha256_json(to_dict(spec)):
+        raise PlanError(f"{folder / 'plan.json'} was made for another foundation than this model's. {again}")
+    check_trainable(task, plan)
+    return Planned(plan, folder)
+
+
+class _Extension:
+    """One extension under way."""
+
+    def __init__(
+        self, folder: ModelFolder, planned: Planned, extension: ExtensionPlan, device: torch.device, precision: str
+    ):
+        self.folder, self.planned, self.extension = folder, planned, extension
+        self.device, self.precision = device, choose_precision(precision, device)
+        torch.manual_seed(extension.seed)
+        foundation = folder.foundation()
+        stems = {stem.modality: folder.stem(stem, foundation) for stem in extension.reused_stems}
+        self.model = build_task_model(extension, foundation, stems).to(device)
+        self.loss = SegmentationLoss(planned.plan.labels, self.model.head.supervised_strides).to(device)
+
+    def run(self, resume: bool) -> ExtendResult:
+        result = self._train(resume)
+        self.model.eval().cpu()
+        validation = self._validate()
+        plan = TaskPlan(self.planned.plan, self.extension)
+        entry = self.folder.add_task(plan, self.model, self._card(result, validation))
+        self._checkpoint.unlink(missing_ok=True)
+        return ExtendResult(self.extension, entry, result, validation)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.planned.folder / "training.safetensors"
+
+    def _train(self, resume: bool) -> TrainingResult:
+        plan, extension = self.planned.plan, self.extension
+        trainer = Trainer(
+            self.model.trained_state(),
+            modality_dropped(self._step_loss, extension.schedule.modality_dropout, extension.seed),
+            dice_of_counts,
+            extension.schedule,
+            self.device,
+            self.precision,
+            self._checkpoint,
+            sha256_json([to_dict(extension), to_dict(plan), self.folder.spec().provenance]),
+        )
+        first_step = trainer.resume() if resume else 0
+        self.model.train()
+        workers = max(1, min(4, (os.cpu_count() or 2) - 1))
+        with PatchLoader(
+            self.planned.cases, extension.training_cases, plan, plan.batch_size, extension.seed, workers,
+            first_step=first_step,
+        ) as batches:  # fmt: skip
+            return trainer.run(batches)
+
+    def _step_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        labels = batch["labels"].to(self.device)
+        outputs = self.model(batch["data"].to(self.device), batch["present"].to(self.device), every_level=True)
+        return self.loss(outputs, labels), self.loss.overlap(outputs[0], labels)
+
+    def _validate(self) -> dict[str, Any] | None:
+        """Dice of the held-out cases on the planned grid, by sliding window; mean over outputs, then cases."""
+        if not self.extension.validation_cases:
+            return None
+        plan, model, loss = self.planned.plan, self.model.merged().to(self.device), self.loss
+        air = tuple(normalised_air(plan.intensity[name], name) for name in plan.modalities)
+        scores = {}
+        for case_id in self.extension.validation_cases:
+            case = open_case(self.planned.cases, case_id)
+            present = tuple(name in case.present for name in plan.modalities)
+            logits = sliding_window_logits(
+                model, case.array[:], present, air, plan.patch_shape_zyx, self.device, self.precision
+            )
+            counts = loss.cpu().overlap(logits[None], torch.from_numpy(case.labels[:].astype("int64")))
+            scores[case_id] = dice_of_counts(counts)
+            logger.info("validation %s: Dice %.3f", case_id, scores[case_id])
+        cases = {case_id: finite_or_none(score) for case_id, score in scores.items()}
+        return {"metric": "Dice", **to_dict(summarise(list(scores.values()))), "cases": cases}
+
+    def _card(self, result: TrainingResult, validation: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "schema_version": 1,
+            "task": self.extension.task,
+            "data_fingerprint": to_dict(read_record(self.planned.folder / "fingerprint.json", Fingerprint)),
+            "training": {"steps": result.steps, "minutes": round(result.minutes, 2), "history": list(result.history)},
+            "validation": validation,
+            "seed": self.extension.seed,
+            "machine": machine_facts(self.device),
+            "precision": str(self.precision).removeprefix("torch."),
+            "probe": probe(self.model, self.planned.plan),
+        }
+
+
+def modality_dropped(
+    step_loss: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], probability: float, seed: int
+) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor]]:
+    """The step loss of batches in which some cases lose some modalities (zeros, and not present).
+
+    Each case with several modalities keeps, with `probability`, a random non-empty part of them. What a
+    batch loses depends on its step and the seed alone.
+    """
+
+    def dropped(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + batch["step"])
+        present = batch["present"].clone()
+        for row in present:
+            channels = row.nonzero().flatten()
+            if len(channels) > 1 and torch.rand((), generator=generator) < probability:
+                kept = int(torch.randint(1, len(channels), (), generator=generator))
+                order = torch.randperm(len(channels), generator=generator)
+                row[channels[order[kept:]]] = False
+        data = batch["data"] * present[:, :, None, None, None]
+        return step_loss({**batch, "data": data, "present": present})
+
+    return dropped

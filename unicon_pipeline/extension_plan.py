@@ -1,0 +1,199 @@
+"""The extension plan: what a task adds to the model, and how it is trained, each with its reason in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from unicon_pipeline.contract import ZYX, FoundationSpec
+from unicon_pipeline.dataset import Task
+from unicon_pipeline.decisions import Decision, format_decisions
+from unicon_pipeline.errors import PlanError
+from unicon_pipeline.plan import DataPlan
+
+STEPS_PER_EPOCH = 50
+DEFAULT_EPOCHS = 250
+_STEM_FEATURES = (16, 32, 64)
+_RANK, _ALPHA = 8, 16.0
+
+
+@dataclass(frozen=True)
+class StemPlan:
+    """A stem for a modality that the model has not met: strides and features of its levels, finest first."""
+
+    modality: str
+    kind: str
+    strides_zyx: tuple[ZYX, ...]
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """`kind` is a key of the adapter registry; updates are scaled by alpha / rank."""
+
+    kind: str
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """`kind` is a key of the head registry. `options`: further integers that the kind takes."""
+
+    kind: str
+    output_channels: int
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast. Training ends at `steps` or after `minutes`, whichever comes first; the
+    learning rate reaches zero there (polynomial decay, exponent 0.9, after `warmup_steps`)."""
+
+    steps: int
+    minutes: float | None
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_steps: int = 50
+    gradient_norm: float = 1.0
+    modality_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ExtensionPlan:
+    """What the task adds. `reused_stems` came with earlier tasks and stay frozen."""
+
+    task: str
+    modalities: tuple[str, ...]
+    new_stems: tuple[StemPlan, ...]
+    reused_stems: tuple[StemPlan, ...]
+    adapter: AdapterPlan | None
+    head: HeadPlan
+    schedule: Schedule
+    training_cases: tuple[str, ...]
+    validation_cases: tuple[str, ...]
+    seed: int
+    decisions: tuple[Decision, ...]
+    schema_version: int = 1
+
+    @property
+    def stems(self) -> tuple[StemPlan, ...]:
+        """All stems that the task reads, in the order of its modalities."""
+        return tuple(sorted(self.new_stems + self.reused_stems, key=lambda stem: self.modalities.index(stem.modality)))
+
+
+def plan_extension(
+    plan: DataPlan,
+    spec: FoundationSpec,
+    known_stems: dict[str, StemPlan],
+    stored_cases: tuple[str, ...],
+    schedule: Schedule,
+    fold: int | str,
+    seed: int,
+) -> ExtensionPlan:
+    """Plans the extension of a model by a segmentation task.
+
+    Args:
+        known_stems: the stems that the model has, by modality.
+        stored_cases: the cases that are preprocessed.
+        schedule: how long to train; its modality dropout is decided here.
+        fold: which of the plan's folds is held out for validation, or "all" to train on every case.
+
+    Raises:
+        PlanError: the task type has no head yet, the fold does not exist or leaves nothing to train on.
+    """
+    if plan.labels is None:
+        raise PlanError(
+            f"{plan.task} is a {plan.task_type} task; unicon_extend adds segmentation tasks. "
+            "A classification task can become a foundation with unicon_pretrain."
+        )
+    validation = _validation_cases(plan, fold)
+    training = tuple(case for case in stored_cases if case not in validation)
+    if not training:
+        raise PlanError(f"{plan.task}: fold {fold} leaves no preprocessed case to train on.")
+    unknown = [name for name in plan.modalities if name not in spec.input.modalities]
+    new = tuple(_new_stem(name, spec) for name in unknown if name not in known_stems)
+    reused = tuple(known_stems[name] for name in unknown if name in known_stems)
+    dropout = 0.3 if len(plan.modalities) > 1 else 0.0
+    head = HeadPlan("unet", plan.labels.output_channels, {"supervised_levels": 3})
+    decisions = (
+        *(Decision(f"stem {s.modality}", "new", f"the model has never met {s.modality}; gated at zero") for s in new),
+        *(Decision(f"stem {s.modality}", "reused, frozen", "an earlier task brought it") for s in reused),
+        Decision(
+            "adapter", f"rank {_RANK}, alpha {_ALPHA:g}", "every convolution, and norm scales: UNICON's rank for "
+            "segmentation; the foundation itself stays frozen",
+        ),
+        Decision(
+            "head", f"U-Net decoder, {head.output_channels} channels", "regions overlap: one sigmoid each"
+            if plan.labels.regions else "exclusive labels: softmax with background",
+        ),
+        Decision("loss", "Dice + cross-entropy", "nnU-Net's, with deep supervision at 3 levels"),
+        *_training_decisions(schedule, dropout, training, validation, fold),
+    )  # fmt: skip
+    return ExtensionPlan(
+        task=plan.task,
+        modalities=plan.modalities,
+        new_stems=new,
+        reused_stems=reused,
+        adapter=AdapterPlan("low_rank", _RANK, _ALPHA),
+        head=head,
+        schedule=dataclasses.replace(schedule, modality_dropout=dropout),
+        training_cases=training,
+        validation_cases=tuple(case for case in stored_cases if case in validation),
+        seed=seed,
+        decisions=decisions,
+    )
+
+
+def schedule_for(minutes: float | None, epochs: int | None) -> Schedule:
+    """The schedule for a time budget, a number of epochs, both, or (neither given) the default epochs."""
+    if epochs is None:
+        epochs = DEFAULT_EPOCHS if minutes is None else 100 * DEFAULT_EPOCHS  # the clock ends it
+    return Schedule(steps=epochs * STEPS_PER_EPOCH, minutes=minutes)
+
+
+def format_extension(extension: ExtensionPlan) -> str:
+    """The plan as a short table."""
+    return format_decisions(f"Extension of the model by {extension.task}", extension.decisions)
+
+
+def check_trainable(task: Task, plan: DataPlan) -> None:
+    """The preprocessed data must still be those of the task.
+
+    Raises:
+        PlanError: the task's channels or labels changed since it was planned.
+    """
+    if (task.modalities, task.labels) != (plan.modalities, plan.labels):
+        raise PlanError(
+            f"{task.folder / 'dataset.json'} has changed since {task.name} was planned "
+            "(channels or labels differ): run unicon_plan_and_preprocess again."
+        )
+
+
+def _validation_cases(plan: DataPlan, fold: int | str) -> frozenset[str]:
+    if fold == "all":
+        return frozenset()
+    if not 0 <= int(fold) < len(plan.folds):
+        raise PlanError(f"--fold {fold}: {plan.task} has folds 0 to {len(plan.folds) - 1}, or 'all'.")
+    return frozenset(plan.folds[int(fold)])
+
+
+def _new_stem(modality: str, spec: FoundationSpec) -> StemPlan:
+    strides = sorted({(1, 1, 1), spec.projection.stride_zyx} | {level.stride_zyx for level in spec.pyramid})
+    depth = max(len(_STEM_FEATURES), strides.index(spec.projection.stride_zyx) + 1)
+    features = tuple(min(_STEM_FEATURES[0] * 2**level, 2 * _STEM_FEATURES[-1]) for level in range(depth))
+    return StemPlan(modality, "residual_stem", tuple(strides[:depth]), features[: len(strides)])
+
+
+def _training_decisions(
+    schedule: Schedule, dropout: float, training: tuple[str, ...], validation: frozenset[str], fold: int | str
+) -> tuple[Decision, ...]:
+    length = f"{schedule.minutes:g} minutes" if schedule.minutes else f"{schedule.steps // STEPS_PER_EPOCH} epochs"
+    rows = [Decision("training", length, f"AdamW {schedule.learning_rate:g}, the rate falls to zero at the end")]
+    if dropout:
+        reason = "each case also trains with fewer modalities, so any subset is a valid input"
+        rows.append(Decision("modality dropout", f"{dropout:g}", reason))
+    held = f"{len(validation)} held out (fold {fold})" if validation else "none held out"
+    reason = "validated after training" if validation else "every case trains; judge on cases of another folder"
+    rows.append(Decision("cases", f"{len(training)}, {held}", reason))
+    return tuple(rows)

@@ -1,0 +1,362 @@
+"""Volumes in patient space: reading, writing, orienting, resampling, comparing grids.
+
+Arrays are z, y, x; spacings are z, y, x in mm. Origin and direction are ITK's: x, y, z in mm, patient
+axes in which left, posterior and superior increase; the direction's columns are the index axes x, y, z.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from unicon_pipeline.contract import ZYX, SpacingZYX
+from unicon_pipeline.errors import DatasetError
+from unicon_pipeline.nifti import check_size, read_nifti
+from unicon_pipeline.records import atomic_path
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
+
+# Headers round to about 1e-4 mm; half of the smallest voxel is never as small as this.
+GRID_TOLERANCE_MM = 0.01
+
+# Axes further from a right angle than this are a tilted gantry or a broken header, not rounding.
+MAX_SKEW_DEGREES = 0.5
+_NOTED_SKEW_DEGREES = 0.01
+
+MAX_LABEL = np.iinfo(np.int16).max
+
+_LETTERS = ("RL", "AP", "IS")
+_HEADER_TEXT_BYTES = 1 << 16
+
+# ITK reports every problem twice, as an exception and on stderr; the exception is enough.
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+_log = logging.getLogger(__name__)
+
+Direction = tuple[float, float, float, float, float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where voxels lie. `origin_xyz_mm` is the centre of voxel 0; `direction` is ITK's, row by row."""
+
+    shape_zyx: ZYX
+    spacing_zyx_mm: SpacingZYX
+    origin_xyz_mm: tuple[float, float, float]
+    direction: Direction
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4): voxel index x, y, z to mm."""
+        affine = np.eye(4)
+        affine[:3, :3] = np.reshape(self.direction, (3, 3)) * np.array(self.spacing_zyx_mm[::-1])
+        affine[:3, 3] = self.origin_xyz_mm
+        return affine
+
+
+@dataclass(frozen=True)
+class Volume:
+    """`array_zyx`: float32 for images, int16 for labels."""
+
+    array_zyx: np.ndarray
+    grid: Grid
+
+
+def read_image(path: Path) -> Volume:
+    """Reads a 3-D image as float32, in the file's own unit (HU, SUV, ...).
+
+    Raises:
+        DatasetError: missing, truncated, corrupt, not 3-D, several numbers per voxel, too large, NaN or
+            infinite voxels, or axes that are not at right angles.
+    """
+    array, grid = _read(path)
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise DatasetError(
+            f"{path} has {bad} voxels of {array.size} that are NaN or infinite. Replace them at the source "
+            "(air is -1024 HU in a CT, 0 in a PET) or leave the case out."
+        )
+    return Volume(array, grid)
+
+
+def read_labels(path: Path) -> Volume:
+    """Reads a label map as int16.
+
+    Raises:
+        DatasetError: as `read_image`; also values that are fractional, negative or above 32767.
+    """
+    array, grid = _read(path)
+    if array.dtype.kind == "f":
+        bad = ~(np.isfinite(array) & (array == np.rint(array)))
+        if bad.any():
+            raise DatasetError(_not_labels(path, array[bad], "fractional or not finite", array))
+    bad = (array < 0) | (array > MAX_LABEL)
+    if bad.any():
+        raise DatasetError(_not_labels(path, array[bad], f"outside 0..{MAX_LABEL}", array))
+    return Volume(array.astype(np.int16), grid)
+
+
+def write_labels(path: Path, array_zyx: np.ndarray, grid: Grid) -> None:
+    """Writes a label map in the smallest unsigned type that holds it, compressed; whole or not at all."""
+    if array_zyx.dtype.kind not in "iub" or (array_zyx.size and array_zyx.min() < 0):
+        raise DatasetError(f"{path}: labels must be integers from 0 upwards, found {array_zyx.dtype}.")
+    top = int(array_zyx.max()) if array_zyx.size else 0
+    dtype = np.uint8 if top < 1 << 8 else np.uint16 if top < 1 << 16 else np.uint32
+    _write(path, array_zyx.astype(dtype, copy=False), grid)
+
+
+def write_image(path: Path, array_zyx: np.ndarray, grid: Grid) -> None:
+    """Writes an image as float32, compressed; whole or not at all."""
+    _write(path, array_zyx.astype(np.float32, copy=False), grid)
+
+
+def orientation_code(grid: Grid) -> str:
+    """The patient directions in which the index axes x, y, z increase, such as "LPS"; nearest for oblique axes."""
+    return _code_of(np.reshape(grid.direction, (3, 3)))
+
+
+def orient(volume: Volume, code: str) -> Volume:
+    """Permutes and flips axes so that `orientation_code` gives `code`; no value changes, so it can be undone.
+
+    Raises:
+        ValueError: `code` does not name each patient axis once.
+    """
+    current = orientation_code(volume.grid)
+    permutation, flips = _steps(current, code.upper())
+    if current == code.upper():
+        return volume
+    spacing_xyz = volume.grid.spacing_zyx_mm[::-1]
+    size_xyz = volume.grid.shape_zyx[::-1]
+    direction = np.reshape(volume.grid.direction, (3, 3))
+    origin = np.array(volume.grid.origin_xyz_mm)
+    columns = []
+    for axis, flip in zip(permutation, flips):
+        column = direction[:, axis]
+        if flip:
+            origin = origin + column * spacing_xyz[axis] * (size_xyz[axis] - 1)
+            column = -column
+        columns.append(column)
+    # Array axes are z, y, x: the last array axis is index axis x.
+    array = volume.array_zyx.transpose([2 - axis for axis in permutation[::-1]])
+    array = array[tuple(slice(None, None, -1 if flip else 1) for flip in flips[::-1])]
+    grid = Grid(
+        shape_zyx=tuple(int(n) for n in array.shape),
+        spacing_zyx_mm=tuple(float(spacing_xyz[axis]) for axis in permutation[::-1]),
+        origin_xyz_mm=tuple(float(value) for value in origin),
+        direction=tuple(float(value) for value in np.stack(columns, axis=1).ravel()),
+    )
+    return Volume(np.ascontiguousarray(array), grid)
+
+
+def onto_grid(volume: Volume, grid: Grid, fill: float, nearest: bool = False) -> Volume:
+    """Resamples `volume` to the voxels of `grid` through both affines: linear, or nearest for labels.
+
+    This aligns grids, not patients: it is no registration. Points outside of the volume get `fill`.
+
+    Raises:
+        DatasetError: the two fields of view do not overlap at all.
+    """
+    if grids_differ_mm(volume.grid, grid) <= 1e-6:
+        return Volume(volume.array_zyx, grid)
+    if not fields_of_view_overlap(volume.grid, grid):
+        raise DatasetError(
+            f"The fields of view do not overlap: one spans {_extent(volume.grid)}, the other {_extent(grid)} "
+            "(x, y, z in mm). Are both from the same patient and examination, with their positions kept?"
+        )
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize([int(n) for n in grid.shape_zyx[::-1]])
+    resampler.SetOutputSpacing([float(value) for value in grid.spacing_zyx_mm[::-1]])
+    resampler.SetOutputOrigin([float(value) for value in grid.origin_xyz_mm])
+    resampler.SetOutputDirection([float(value) for value in grid.direction])
+    resampler.SetInterpolator(sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear)
+    resampler.SetDefaultPixelValue(float(fill))
+    return Volume(sitk.GetArrayFromImage(resampler.Execute(_to_itk(volume.array_zyx, volume.grid))), grid)
+
+
+def grids_differ_mm(a: Grid, b: Grid) -> float:
+    """Largest distance between corresponding corners of the two voxel boxes; infinite when the shapes differ."""
+    if tuple(a.shape_zyx) != tuple(b.shape_zyx):
+        return float("inf")
+    return float(np.linalg.norm(_corners(a) - _corners(b), axis=1).max())
+
+
+def fields_of_view_overlap(a: Grid, b: Grid) -> bool:
+    """Whether the two boxes of voxels share any space (separating planes along the faces of each)."""
+    for box, other in ((a, b), (b, a)):
+        index = (np.linalg.inv(box.affine) @ np.c_[_corners(other), np.ones(8)].T)[:3]
+        if (index.max(axis=1) <= -0.5).any() or (index.min(axis=1) >= np.array(box.shape_zyx[::-1]) - 0.5).any():
+            return False
+    return True
+
+
+def image_ending(path: Path | str) -> str | None:
+    """The supported image ending of a file name, such as ".nii.gz"; None where there is none."""
+    name = Path(path).name
+    return next((ending for ending in IMAGE_ENDINGS if name.endswith(ending) and name != ending), None)
+
+
+def _corners(grid: Grid) -> np.ndarray:
+    ends = [(-0.5, n - 0.5) for n in grid.shape_zyx[::-1]]
+    index = np.array([(*corner, 1.0) for corner in itertools.product(*ends)])
+    return (index @ grid.affine.T)[:, :3]
+
+
+def _extent(grid: Grid) -> str:
+    corners = _corners(grid)
+    return ", ".join(f"{low:.0f}..{high:.0f}" for low, high in zip(corners.min(axis=0), corners.max(axis=0)))
+
+
+def _code_of(direction: np.ndarray) -> str:
+    """Each index axis gets the patient axis that it is nearest to, so that the sum of cosines is largest.
+
+    The ranking is made of quantities in patient order that no permutation or flip of the index axes
+    changes, so that oblique grids, at 45 degrees too, come back from `orient` as they went in.
+    """
+
+    def closeness(axes: tuple[int, ...]) -> tuple[float, ...]:
+        total = sum(abs(direction[world, axes[world]]) for world in range(3))
+        products = (direction[world, axes[world]] * direction[(world + 1) % 3, axes[world]] for world in range(3))
+        return (round(total, 6), *(round(product, 6) for product in products))
+
+    axis_of_world = max(itertools.permutations(range(3)), key=closeness)
+    letters = [""] * 3
+    for world, axis in enumerate(axis_of_world):
+        letters[axis] = _LETTERS[world][int(direction[world, axis] > 0)]
+    return "".join(letters)
+
+
+def _steps(current: str, wanted: str) -> tuple[list[int], list[bool]]:
+    """For each wanted index axis: the current axis it comes from, and whether that one is flipped."""
+    permutation, flips = [], []
+    for letter in wanted:
+        pair = next((pair for pair in _LETTERS if letter in pair), None)
+        if pair is None:
+            break
+        axis = next(i for i, candidate in enumerate(current) if candidate in pair)
+        permutation.append(axis)
+        flips.append(current[axis] != letter)
+    if len(wanted) != 3 or sorted(permutation) != [0, 1, 2]:
+        raise ValueError(f'"{wanted}" is no orientation: one letter of R/L, one of A/P, one of I/S is expected.')
+    return permutation, flips
+
+
+def _read(path: Path) -> tuple[np.ndarray, Grid]:
+    path = Path(path)
+    if path.is_dir():
+        raise DatasetError(f"{path} is a folder. For a DICOM series, make one NIfTI file of it first (dcm2niix).")
+    if not path.is_file():
+        raise DatasetError(f"{path} does not exist.")
+    ending = image_ending(path)
+    if ending is None:
+        raise DatasetError(f"{path}: expected an image ending in {', '.join(IMAGE_ENDINGS)}; convert it.")
+    array, affine = read_nifti(path) if ending.startswith(".nii") else _read_with_itk(path, ending)
+    return array, _grid_of(array.shape, affine, path)
+
+
+def _read_with_itk(path: Path, ending: str) -> tuple[np.ndarray, np.ndarray]:
+    _check_text_header(path, ending)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        check_size(reader.GetSize(), path)
+        components = reader.GetNumberOfComponents()
+        if components != 1 or sitk.GetPixelIDValueAsString(reader.GetPixelID()).startswith("complex"):
+            raise DatasetError(f"{path} holds {components} numbers per voxel; one was expected.")
+        image = reader.Execute()
+    except RuntimeError as problem:
+        reason = str(problem).strip().splitlines()[-1].strip()
+        raise DatasetError(f"{path} cannot be read; it may be truncated or corrupt ({reason}).") from problem
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image), affine
+
+
+def _check_text_header(path: Path, ending: str) -> None:
+    """Refuses headers that point to other files (they could name any), and short .mha files (ITK would print)."""
+    with open(path, "rb") as file:
+        block = file.read(_HEADER_TEXT_BYTES)
+    if ending == ".nrrd":
+        header = block.split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
+        if not block.startswith(b"NRRD") or b"data file:" in header or b"datafile:" in header:
+            raise DatasetError(f"{path} is not one whole NRRD file (header and voxels together).")
+        return
+    text, found, _ = block.partition(b"ElementDataFile = LOCAL")
+    fields = dict(line.split(" = ", 1) for line in text.decode("latin-1").splitlines() if " = " in line)
+    # A type this table lacks is left to ITK: one byte is the least that a voxel takes.
+    width = {"SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
+    try:
+        voxels = np.prod([int(n) for n in fields["DimSize"].split()], dtype=object)
+        expected = int(fields.get("CompressedDataSize", 0))
+        if fields.get("CompressedData", "False") == "False":
+            expected = voxels * width.get(fields["ElementType"].removeprefix("MET_"), 1)
+    except (KeyError, ValueError):
+        found = b""
+    if not found or path.stat().st_size < len(text) + len(found) + expected:
+        raise DatasetError(f"{path} is truncated, or not one whole MetaImage file (header and voxels together).")
+
+
+def _grid_of(shape_zyx: tuple[int, ...], affine: np.ndarray, path: Path) -> Grid:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or (spacing <= 0).any():
+        raise DatasetError(f"{path}: spacing {spacing.tolist()} mm (x, y, z) is not valid; correct the header.")
+    direction = affine[:3, :3] / spacing
+    cosines = np.abs(direction.T @ direction - np.eye(3))
+    skew = float(np.degrees(np.arcsin(min(1.0, cosines.max()))))
+    if skew > MAX_SKEW_DEGREES:
+        raise DatasetError(
+            f"{path}: the image axes are {skew:.2f} degrees away from right angles (at most {MAX_SKEW_DEGREES} is "
+            "repaired). This is a tilted gantry or a damaged header: convert the DICOM series again with tilt "
+            "correction (dcm2niix does it), or resample the image to a rectangular grid."
+        )
+    if skew > _NOTED_SKEW_DEGREES:
+        _log.warning("%s: axes %.3f degrees off right angles; the nearest right-angled ones are used.", path, skew)
+    if cosines.max() > 1e-6:
+        left, _, right = np.linalg.svd(direction)
+        direction = left @ right
+    return Grid(
+        shape_zyx=tuple(int(n) for n in shape_zyx),
+        spacing_zyx_mm=tuple(float(value) for value in spacing[::-1]),
+        origin_xyz_mm=tuple(float(value) for value in affine[:3, 3]),
+        direction=tuple(float(value) for value in direction.ravel() + 0.0),
+    )
+
+
+def _not_labels(path: Path, offenders: np.ndarray, what: str, array: np.ndarray) -> str:
+    values = np.unique(offenders)
+    listed = ", ".join(f"{value:g}" for value in values[:8].tolist()) + (", ..." if len(values) > 8 else "")
+    text = f"{path} has {offenders.size} voxels that are {what}: {listed}. Labels are integers from 0 upwards."
+    if len(values) > 8 and array.min() < -200:
+        return text + " This looks like a CT image, not labels: is a file in the wrong folder?"
+    if len(values) > 100:
+        return text + " This looks like an image, not labels: is a file in the wrong folder?"
+    return text + " Correct the file, or write it again with nearest-neighbour interpolation."
+
+
+def _to_itk(array_zyx: np.ndarray, grid: Grid) -> sitk.Image:
+    image = sitk.GetImageFromArray(array_zyx)
+    image.SetSpacing([float(value) for value in grid.spacing_zyx_mm[::-1]])
+    image.SetOrigin([float(value) for value in grid.origin_xyz_mm])
+    image.SetDirection([float(value) for value in grid.direction])
+    return image
+
+
+def _write(path: Path, array_zyx: np.ndarray, grid: Grid) -> None:
+    path = Path(path)
+    if tuple(array_zyx.shape) != tuple(grid.shape_zyx):
+        raise DatasetError(f"{path}: an array of shape {array_zyx.shape} does not fit a grid of {grid.shape_zyx}.")
+    if image_ending(path) is None:
+        raise DatasetError(f"{path}: the name must end in one of {', '.join(IMAGE_ENDINGS)}.")
+    with atomic_path(path) as aside:
+        try:
+            sitk.WriteImage(_to_itk(array_zyx, grid), str(aside), useCompression=True)
+        except RuntimeError as problem:
+            raise DatasetError(f"{path} could not be written: is the disk full? ({problem})") from problem

@@ -1,0 +1,72 @@
+"""Labels: which values of a label map make up which output of a task (nnU-Net v2's `labels`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unicon_pipeline.errors import DatasetError
+
+_LARGEST = 32_000
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The outputs of a segmentation task, without background.
+
+    `values`: the label values that belong to each output. `regions`: outputs may overlap (sigmoid each);
+    else they exclude each other (softmax, background as channel 0). `written`: the value that an output gets
+    in an exported label map (for regions `regions_class_order`, later ones over earlier ones).
+    `ignore`: the value of voxels that are not annotated, or None.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[tuple[int, ...], ...]
+    regions: bool
+    written: tuple[int, ...]
+    ignore: int | None
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of the network's output."""
+        return len(self.names) + (0 if self.regions else 1)
+
+
+def parse_labels(description: dict[str, Any], source: Path) -> Labels:
+    """The labels of a `dataset.json`.
+
+    Raises:
+        DatasetError: no labels, a value that is no whole number, a value named twice, or a wrong class order.
+    """
+    named = description.get("labels")
+    if not isinstance(named, dict) or not named:
+        raise DatasetError(f'{source} needs labels, such as {{"background": 0, "tumour": 1}}.')
+    members = {str(name): _values(name, value, source) for name, value in named.items()}
+    ignore = members.pop("ignore", None)
+    outputs = {name: values for name, values in members.items() if name != "background" and values != (0,)}
+    if not outputs:
+        raise DatasetError(f"{source}: labels name nothing but the background.")
+    order = description.get("regions_class_order")
+    regions = any(isinstance(value, list) and len(value) > 1 for value in named.values())
+    flat = [value for values in outputs.values() for value in values]
+    if regions:
+        whole = isinstance(order, list) and all(isinstance(value, int) and 0 < value <= _LARGEST for value in order)
+        if not whole or len(order) != len(outputs):
+            raise DatasetError(
+                f"{source}: the labels are regions, so regions_class_order must give one label value for each of "
+                f"{', '.join(outputs)}; found {order!r}."
+            )
+        written = tuple(order)
+    else:
+        if len(set(flat)) != len(flat):
+            raise DatasetError(f"{source}: two labels share a value: {dict(named)}.")
+        written = tuple(values[0] for values in outputs.values())
+    return Labels(tuple(outputs), tuple(outputs.values()), regions, written, ignore[0] if ignore else None)
+
+
+def _values(name: Any, value: Any, source: Path) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= _LARGEST for v in values):
+        raise DatasetError(f"{source}: label {name!r} is {value!r}; expected a whole number from 0 to {_LARGEST}.")
+    return tuple(values)

@@ -1,0 +1,129 @@
+"""One task's way through the growing model: frozen foundation, stems, the task's adapter, the task's head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unicon_pipeline.adapters import ADAPTERS
+from unicon_pipeline.extension_plan import ExtensionPlan, StemPlan
+from unicon_pipeline.foundation import Foundation, freeze
+from unicon_pipeline.heads import HEADS, Features, skip_levels
+from unicon_pipeline.stems import STEMS
+
+
+class TaskModel(nn.Module):
+    """Input channels in the order of the task's `modalities`; what is not trained stays in evaluation mode.
+
+    Args:
+        foundation: shared, frozen.
+        stems: for each modality that the foundation does not take natively.
+        new_stems: which of them this task brings (and trains); the others are frozen.
+        adapter: the task's, or None.
+        head: the task's.
+    """
+
+    def __init__(
+        self,
+        foundation: Foundation,
+        modalities: tuple[str, ...],
+        stems: dict[str, nn.Module],
+        new_stems: tuple[str, ...],
+        adapter: nn.Module | None,
+        head: nn.Module,
+    ):
+        super().__init__()
+        self.foundation = freeze(foundation)
+        self.modalities = modalities
+        self.stems = nn.ModuleDict(stems)
+        self.frozen_stems = tuple(name for name in stems if name not in new_stems)
+        for name in self.frozen_stems:
+            freeze(self.stems[name])
+        self.adapter = adapter
+        self.head = head
+
+    def train(self, mode: bool = True) -> TaskModel:
+        super().train(mode)
+        self.foundation.eval()
+        for name in self.frozen_stems:
+            self.stems[name].eval()
+        return self
+
+    def forward(self, images_bczyx: Tensor, present_bc: Tensor, **head_options) -> Tensor | list[Tensor]:
+        """The head's output.
+
+        Args:
+            images_bczyx: normalised channels, absent ones zero.
+            present_bc: (B, C) bool, which channels a case has; every case has at least one.
+        """
+        return self.head(self.features(images_bczyx, present_bc), **head_options)
+
+    def features(self, images_bczyx: Tensor, present_bc: Tensor) -> Features:
+        """The foundation's pyramid and the stems' maps; a modality absent from the whole batch costs nothing."""
+        added, maps = None, {}
+        for name, stem in self.stems.items():
+            channel = self.modalities.index(name)
+            present = present_bc[:, channel]
+            if not bool(present.any()):
+                continue
+            projected, skips = stem(images_bczyx[:, channel : channel + 1])
+            if not bool(present.all()):
+                projected, *skips = (_masked(tensor, present) for tensor in (projected, *skips))
+            added = projected if added is None else added + projected
+            maps[name] = skips
+        native, native_present = self._native(images_bczyx, present_bc)
+        inputs = (native, native_present, added)
+        if self.adapter is None:
+            return Features(self.foundation(*inputs), maps)
+        return Features(self.adapter(self.foundation, *inputs), maps)
+
+    def _native(self, images_bczyx: Tensor, present_bc: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        wanted = self.foundation.spec.input.modalities
+        channels = [self.modalities.index(name) for name in wanted if name in self.modalities]
+        any_native = present_bc[:, channels].any(dim=1)
+        if not channels or not bool(any_native.any()):
+            return None, None
+        empty = torch.zeros_like(images_bczyx[:, :1])
+        native = torch.cat(
+            [images_bczyx[:, i : i + 1] if (i := self._channel(name)) is not None else empty for name in wanted], dim=1
+        )
+        return native, None if bool(any_native.all()) else any_native.to(images_bczyx.dtype)
+
+    def _channel(self, modality: str) -> int | None:
+        return self.modalities.index(modality) if modality in self.modalities else None
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What this task adds: adapter, head and new stems, each parameter once."""
+        frozen = ("foundation.", *(f"stems.{name}." for name in self.frozen_stems))
+        named = dict(self.named_parameters()) | dict(self.named_buffers())
+        return {name: tensor for name, tensor in named.items() if not name.startswith(frozen)}
+
+    def merged(self) -> TaskModel:
+        """For prediction: the adapter summed into a copy of the foundation, everything in evaluation mode."""
+        foundation = self.foundation if self.adapter is None else self.adapter.merged(self.foundation)
+        return TaskModel(foundation, self.modalities, dict(self.stems), (), None, self.head).eval()
+
+
+def build_stem(stem: StemPlan, foundation: Foundation) -> nn.Module:
+    """The stem that `stem` describes, with fresh weights, its gate at zero."""
+    return STEMS[stem.kind](foundation.spec.projection, stem.strides_zyx, stem.features)
+
+
+def build_task_model(extension: ExtensionPlan, foundation: Foundation, known_stems: dict[str, nn.Module]) -> TaskModel:
+    """The network that `extension` describes, with fresh weights in what the task adds.
+
+    Args:
+        known_stems: trained stems by modality; those that the plan reuses must be there.
+    """
+    new = {stem.modality: build_stem(stem, foundation) for stem in extension.new_stems}
+    stems = {s.modality: new.get(s.modality) or known_stems[s.modality] for s in extension.stems}
+    levels = skip_levels(foundation.spec, {modality: stem.levels for modality, stem in stems.items()})
+    adapter = extension.adapter and ADAPTERS[extension.adapter.kind](
+        foundation, extension.adapter.rank, extension.adapter.alpha
+    )
+    head = HEADS[extension.head.kind](levels, extension.head.output_channels, **extension.head.options)
+    return TaskModel(foundation, extension.modalities, stems, tuple(new), adapter, head)
+
+
+def _masked(tensor: Tensor, present_b: Tensor) -> Tensor:
+    return tensor * present_b.view(-1, 1, 1, 1, 1).to(tensor.dtype)

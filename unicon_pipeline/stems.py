@@ -1,0 +1,58 @@
+"""Stems: how a modality that the foundation has never met enters it.
+
+A stem is a small encoder of its own. Its map at the foundation's projection level is added there, behind
+a gate that starts at zero, so that on the day a stem arrives nothing changes for the inputs known before.
+All its maps are also offered to heads as parallel skips (PEMMA, arXiv 2404.13704): a frozen CT encoder
+alone would hide the new modality from a decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from torch import Tensor, nn
+
+from unicon_pipeline.contract import ZYX, FeatureLevel
+from unicon_pipeline.registry import Registry
+
+STEMS: Registry[type[nn.Module]] = Registry("stem")
+
+
+@STEMS.register("residual_stem")
+class ResidualStem(nn.Module):
+    """Residual blocks at `strides_zyx` (finest first, the foundation's projection stride among them).
+
+    `levels` declares the maps it offers to heads, finest first.
+    """
+
+    def __init__(self, projection: FeatureLevel, strides_zyx: tuple[ZYX, ...], features: tuple[int, ...]):
+        super().__init__()
+        steps = [strides_zyx[0]]
+        for finer, coarser in zip(strides_zyx, strides_zyx[1:], strict=False):
+            steps.append(tuple(c // f for c, f in zip(coarser, finer, strict=True)))
+        self.levels = tuple(FeatureLevel(s, c, 3 * c) for s, c in zip(strides_zyx, features, strict=True))
+        self._projection_level = strides_zyx.index(projection.stride_zyx)
+        self.encoder = ResidualEncoder(
+            input_channels=1,
+            n_stages=len(features),
+            features_per_stage=list(features),
+            conv_op=nn.Conv3d,
+            kernel_sizes=3,
+            strides=[list(step) for step in steps],
+            n_blocks_per_stage=1,
+            conv_bias=True,
+            norm_op=nn.InstanceNorm3d,
+            norm_op_kwargs={"eps": 1e-5, "affine": True},
+            nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True},
+            return_skips=True,
+        )
+        self.to_projection = nn.Conv3d(features[self._projection_level], projection.channels, 1)
+        self.gate = nn.Parameter(torch.zeros(projection.channels))
+
+    def forward(self, modality_b1zyx: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One modality -> (gated map at the foundation's projection level, maps for the heads)."""
+        skips = self.encoder(modality_b1zyx)
+        projected = self.to_projection(skips[self._projection_level])
+        return projected * self.gate.view(1, -1, 1, 1, 1).to(projected.dtype), skips
+
