@@ -30,7 +30,7 @@ from unicon_pipeline.losses import SegmentationLoss, dice_of_counts
 from unicon_pipeline.metrics import finite_or_none, summarise
 from unicon_pipeline.model import build_task_model
 from unicon_pipeline.model_folder import ChainEntry, ModelFolder, TaskPlan, foundation_spec, open_or_create
-from unicon_pipeline.plan import DataPlan
+from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_record, sha256_json, to_dict
 from unicon_pipeline.sliding_window import sliding_window_logits
 from unicon_pipeline.store import open_case, stored_case_ids
@@ -133,8 +133,8 @@ def load_planned(task_folder: Path, work: Path, spec: FoundationSpec) -> Planned
     if not (folder / "plan.json").is_file():
         raise PlanError(f"{task.name} is not planned yet: {folder / 'plan.json'} does not exist. {again}")
     plan = read_record(folder / "plan.json", DataPlan, PlanError)
-    if plan.foundation != sha256_json(to_dict(spec)):
-        raise PlanError(f"{folder / 'plan.json'} was made for another foundation than this model's. {again}")
+    if plan.foundation != contract_digest(spec):
+        raise PlanError(f"{folder / 'plan.json'} was made for a foundation with another contract. {again}")
     check_trainable(task, plan)
     return Planned(plan, folder)
 

@@ -122,7 +122,7 @@ def plan_task(
         task_type=task.task_type,
         modalities=task.modalities,
         labels=task.labels,
-        foundation=sha256_json(to_dict(spec)),
+        foundation=contract_digest(spec),
         orientation=spec.input.orientation,
         spacing_zyx_mm=geometry.spacing,
         view=view,
@@ -144,6 +144,12 @@ def plan_task(
         ),
         fingerprint_sha256=sha256_json(to_dict(fingerprint)),
     )
+
+
+def contract_digest(spec: FoundationSpec) -> str:
+    """Digest of what a plan depends on: the declaration without origin and licence."""
+    declared = to_dict(spec)
+    return sha256_json({key: declared[key] for key in declared.keys() - {"provenance", "licence", "load_report"}})
 
 
 def format_plan(plan: DataPlan) -> str:

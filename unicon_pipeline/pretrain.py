@@ -166,7 +166,9 @@ def _validate(
     scores, wanted = np.stack([drawn[c] for c in case_ids]), np.stack([targets[c] for c in case_ids])
 
     def mean_auc(rows: np.ndarray) -> float:
-        return float(np.nanmean([area_under_curve(s, w) for s, w in zip(scores[rows].T, wanted[rows].T, strict=True)]))
+        each = [area_under_curve(s, w) for s, w in zip(scores[rows].T, wanted[rows].T, strict=True)]
+        defined = [value for value in each if not np.isnan(value)]
+        return sum(defined) / len(defined) if defined else np.nan
 
     low, high = bootstrap_statistic(mean_auc, len(case_ids))
     each = {name: area_under_curve(s, w) for name, s, w in zip(findings, scores.T, wanted.T, strict=True)}
