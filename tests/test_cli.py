@@ -17,6 +17,7 @@ import pytest
 
 from unicon_pipeline import cli
 from unicon_pipeline.errors import DatasetError
+from unicon_pipeline.extension_plan import schedule_for
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = dict(
@@ -71,10 +72,11 @@ def stand_in(monkeypatch) -> Callable[..., Stand]:
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    """A work folder with the raw folders of two tasks, both empty."""
+    """A work folder with the raw folders of two tasks, without images."""
     monkeypatch.delenv("UNICON_WORK", raising=False)
     for task in ("Liver", "Lung"):
         (tmp_path / "raw" / task).mkdir(parents=True)
+        (tmp_path / "raw" / task / "dataset.json").write_text("{}")
     return tmp_path
 
 
@@ -144,7 +146,7 @@ def test_bad_options_are_refused_before_any_work(command, arguments, complaint, 
 
 
 def test_work_and_model_defaults(stand_in, monkeypatch, tmp_path, capsys):
-    stand = stand_in("model_folder", "describe", {})
+    stand = stand_in("info", "describe", {})
     monkeypatch.delenv("UNICON_WORK", raising=False)
     cli.main_info(["--json"])
     monkeypatch.setenv("UNICON_WORK", str(tmp_path / "from the environment"))
@@ -244,7 +246,7 @@ def test_pretrain_passes_its_options(stand_in, work, capsys):
 
 
 def test_plan_passes_overrides_in_zyx_order(plan_stands, work, capsys):
-    overrides = ["--spacing", "3", "2", "1.5", "--patch", "16", "32", "48", "--batch", "2", "--memory", "4"]
+    overrides = ["--spacing", "3", "2", "1.5", "--patch", "16", "32", "48", "--batch", "2", "--memory-gb", "4"]
     arguments = ["-t", "Lung", "-w", str(work), "--device", "cpu", "--processes", "1"]
     assert cli.main_plan_and_preprocess([*arguments, *overrides]) == 0
     expected = {
@@ -292,15 +294,25 @@ def test_one_task_does_not_stop_the_others(outcomes, status, plan_stands, work, 
 
 def test_extend_passes_its_options(stand_in, work, capsys):
     stand = stand_in("extend", "extend", SimpleNamespace(summary=lambda: "extended"))
-    arguments = ["-t", "Lung", "-w", str(work), "-m", str(work / "m"), "--fold", "3", "--minutes", "1", "--dry-run"]
+    arguments = ["-t", "Lung", "-w", str(work), "-m", str(work / "m"), "--fold", "3", "--minutes", "1"]
     assert cli.main_extend([*arguments, "--device", "cpu", "--precision", "fp32", "--seed", "2"]) == 0
     assert cli.main_extend(["-t", "Lung", "-w", str(work), "--restart"]) == 0
     first, second = stand.calls
     assert list(first.values())[:3] == [work / "raw" / "Lung", work, work / "m"]
-    named = {"fold": 3, "minutes": 1.0, "epochs": None, "device": "cpu", "seed": 2, "dry_run": True, "resume": True}
+    named = {"fold": 3, "schedule": schedule_for(1.0, None), "device": "cpu", "seed": 2, "resume": True}
     assert named.items() <= first.items()
-    assert {"fold": "all", "dry_run": False, "resume": False, "device": "auto"}.items() <= second.items()
+    assert {"fold": "all", "schedule": schedule_for(None, None), "resume": False}.items() <= second.items()
     assert capsys.readouterr().out == "extended\n" * 2
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(stand_in, work, capsys):
+    trained = stand_in("extend", "extend")
+    stand = stand_in("extend", "plan_for", ("planned", "the extension"))
+    stand_in("extension_plan", "format_extension", "the table")
+    assert cli.main_extend(["-t", "Lung", "-w", str(work), "--fold", "1", "--dry-run"]) == 0
+    assert {"fold": 1, "seed": 0}.items() <= stand.calls[0].items()
+    assert capsys.readouterr().out == "the table\n"
+    assert not trained.calls
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])
@@ -344,15 +356,15 @@ def test_evaluate_with_failed_cases_is_status_1(stand_in, work, capsys):
 
 
 def test_verify_tells_what_is_wrong(stand_in, work, capsys):
-    from unicon_pipeline.model_folder import VerifyReport
+    from unicon_pipeline.verify import VerifyReport
 
     fields = {name: () for name in inspect.signature(VerifyReport).parameters}
     good = VerifyReport(**{**fields, "ok": True, "problems": ()})
     bad = VerifyReport(**{**fields, "ok": False, "problems": ("weights.safetensors changed",)})
-    stand_in("model_folder", "verify", good)
+    stand_in("verify", "verify", good)
     assert cli.main_verify(["-w", str(work)]) == 0
     assert ": intact" in capsys.readouterr().out
-    stand_in("model_folder", "verify", bad)
+    stand_in("verify", "verify", bad)
     assert cli.main_verify(["-w", str(work)]) == 1
     out = capsys.readouterr().out
     assert "weights.safetensors changed" in out
@@ -362,8 +374,8 @@ def test_verify_tells_what_is_wrong(stand_in, work, capsys):
 
 
 def test_info_prints_json_or_text(stand_in, work, capsys):
-    stand_in("model_folder", "describe", {"tasks": ["Lung"]})
-    stand_in("model_folder", "format_description", "the text")
+    stand_in("info", "describe", {"tasks": ["Lung"]})
+    stand_in("info", "format_description", "the text")
     assert cli.main_info(["-w", str(work)]) == 0
     assert capsys.readouterr().out == "the text\n"
     assert cli.main_info(["-w", str(work), "--json"]) == 0

@@ -22,15 +22,16 @@ MAX_PARAMETERS = 9
 
 # A module imports only from modules before it in this list.
 ORDER = """
-    errors records contract registry nifti geometry dataset phantom_scene phantom_render phantoms
-    intensity resize fingerprint plan store preprocess
-    device foundation stems adapters heads model model_folder losses augment loader training pretrain
-    extension_plan extend sliding_window predict metrics evaluate demo option_types cli
+    errors records contract registry decisions progress workers nifti geometry label_spec tables dataset
+    phantom_scene phantom_render phantoms intensity resize fingerprint budget plan store preprocess extension_plan
+    device weights foundation stems adapters heads model model_folder losses augment loader training
+    metrics sliding_window verify extend pretrain export predict evaluate info demo option_types cli
 """.split()
 
 TORCH_FREE = """
-    errors records contract registry nifti geometry dataset phantom_scene phantom_render phantoms
-    intensity resize fingerprint plan store preprocess metrics evaluate option_types cli
+    errors records contract registry decisions progress workers nifti geometry label_spec tables dataset
+    phantom_scene phantom_render phantoms intensity resize fingerprint budget plan store preprocess extension_plan
+    augment loader metrics export evaluate option_types cli
 """.split()
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

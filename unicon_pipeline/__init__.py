@@ -39,8 +39,8 @@ _HOMES = {
     "format_plan": "plan",
     "plan_and_preprocess": "preprocess",
     "foundation_spec": "model_folder",
-    "verify": "model_folder",
-    "describe": "model_folder",
+    "describe": "info",
+    "schedule_for": "extension_plan",
     "format_evaluation": "evaluate",
     "run_demo": "demo",
 }
@@ -51,6 +51,7 @@ _VERBS = {
     "extend": "extend",
     "predict": "predict_folder",
     "evaluate": "evaluate",
+    "verify": "verify",
 }
 
 __all__ = ["__version__", *_HOMES, *_VERBS]

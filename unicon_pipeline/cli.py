@@ -99,6 +99,8 @@ def _set_up_logging(quiet: bool, debug: bool) -> None:
     handler.setFormatter(_PlainFormatter("%(name)s: %(message)s" if debug else "%(message)s"))
     package = logging.getLogger("unicon_pipeline")
     package.handlers[:] = [handler]
+    # blosc2's numexpr announces its threads at INFO to whoever listens at the root.
+    logging.getLogger("numexpr").setLevel(logging.WARNING)
     package.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
 
 
@@ -191,7 +193,7 @@ def main_plan_and_preprocess(argv: Sequence[str] | None = None) -> int:
     task_help = "folder names under WORK/raw, or paths"
     parser.add_argument("-t", "--task", required=True, nargs="+", metavar="TASK", help=task_help)
     memory_help = "what training may use (default: by device)"
-    parser.add_argument("--memory", type=positive_float, metavar="GB", help=memory_help)
+    parser.add_argument("--memory-gb", type=positive_float, metavar="GB", help=memory_help)
     processes_help = "cases at a time (default: by machine)"
     parser.add_argument("--processes", type=positive_int, metavar="N", help=processes_help)
     axes = {"nargs": 3, "metavar": ("Z", "Y", "X")}
@@ -218,7 +220,7 @@ def _plan_and_preprocess(options: Namespace) -> int:
                 folder,
                 options.work,
                 spec,
-                memory_gb=options.memory,
+                memory_gb=options.memory_gb,
                 on_cpu=on_cpu,
                 processes=options.processes,
                 spacing_zyx_mm=options.spacing and tuple(options.spacing),
@@ -249,20 +251,21 @@ def main_extend(argv: Sequence[str] | None = None) -> int:
 
 def _extend(options: Namespace) -> int:
     from unicon_pipeline.dataset import resolve_task
-    from unicon_pipeline.extend import extend
+    from unicon_pipeline.extend import extend, plan_for
+    from unicon_pipeline.extension_plan import format_extension, schedule_for
 
+    where = resolve_task(options.task, options.work), options.work, options.model
+    how = {
+        "fold": options.fold,
+        "schedule": schedule_for(options.minutes, options.epochs),
+        "seed": options.seed,
+    }
+    if options.dry_run:
+        _, plan = plan_for(*where, **how)
+        _show(format_extension(plan))
+        return DONE
     result = extend(
-        resolve_task(options.task, options.work),
-        options.work,
-        options.model,
-        fold=options.fold,
-        minutes=options.minutes,
-        epochs=options.epochs,
-        device=options.device,
-        precision=options.precision,
-        seed=options.seed,
-        dry_run=options.dry_run,
-        resume=not options.restart,
+        *where, **how, device=options.device, precision=options.precision, resume=not options.restart
     )
     _show(result.summary())
     return DONE

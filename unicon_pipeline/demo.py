@@ -18,6 +18,7 @@ from unicon_pipeline.dataset import read_task
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.evaluate import evaluate
 from unicon_pipeline.extend import extend
+from unicon_pipeline.extension_plan import schedule_for
 from unicon_pipeline.geometry import read_image, write_labels
 from unicon_pipeline.metrics import Summary
 from unicon_pipeline.model_folder import ChainEntry, ModelFolder, open_or_create
@@ -96,7 +97,8 @@ class _Demo:
         _, failed = plan_and_preprocess(raw, self.work, spec, on_cpu=True)
         if failed:
             raise UniconError(f"The demonstration's own phantoms failed: {failed}")
-        self.entries[task] = extend(raw, self.work, self.model, minutes=self.size.minutes, seed=self.seed).entry
+        schedule = schedule_for(self.size.minutes, None)
+        self.entries[task] = extend(raw, self.work, self.model, schedule=schedule, seed=self.seed).entry
         earlier = [name for name in self.entries if name != task]
         for name in INPUTS:
             predict_folder(self._inputs(name), self._predictions(name, task), self.model, save_probabilities=True)

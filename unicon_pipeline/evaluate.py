@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,7 @@ from unicon_pipeline.errors import DatasetError, PredictionError, UniconError
 from unicon_pipeline.geometry import GRID_TOLERANCE_MM, Volume, grids_differ_mm, read_labels
 from unicon_pipeline.metrics import Summary, dice, finite_or_none, summarise, surface_scores, volume_ml
 from unicon_pipeline.records import write_record
+from unicon_pipeline.workers import Failure, each
 
 RESULT_FILE = "evaluation.json"
 SUFFIX = ".nii.gz"
@@ -153,16 +151,16 @@ def evaluate_segmentation(
     ]
     if not jobs:
         raise PredictionError(_nothing_found(predictions, sorted(references), list(files)))
-    results: dict[str, CaseScores | str] = {}
-    for job, result in _run(jobs, processes):
+    results: dict[str, CaseScores | Failure] = {}
+    for job, result in each(_score_case, jobs, processes):
         results[job.case.case_id] = result
-        if isinstance(result, str):
+        if isinstance(result, Failure):
             _log.warning("%s could not be evaluated: %s", job.case.case_id, result)
         else:
             _log.info("%s evaluated (%d of %d)", job.case.case_id, len(results), len(jobs))
     ordered = [(job.case.case_id, results[job.case.case_id]) for job in jobs]
     scored = [result for _, result in ordered if isinstance(result, CaseScores)]
-    failed = {case_id: result for case_id, result in ordered if isinstance(result, str)}
+    failed = {case_id: str(result) for case_id, result in ordered if isinstance(result, Failure)}
     if not scored:
         reasons = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise PredictionError(f"None of the {len(jobs)} predictions in {predictions} could be evaluated:\n{reasons}")
@@ -177,7 +175,7 @@ def evaluate_segmentation(
         cases=tuple(scored),
         outputs=outputs,
         overall=overall,
-        missing=tuple(case_id for case_id in references if case_id not in files),
+        missing=_missing(references, files),
         unmatched=tuple(case_id for case_id in files if case_id not in known),
         failed=failed,
     )
@@ -203,6 +201,12 @@ def _references(task: Task, case_ids: Sequence[str] | None) -> dict[str, tuple[C
     return {case_id: entry for case_id, entry in every.items() if case_id in wanted}
 
 
+def _missing(references: dict[str, tuple[Case, bool]], files: Mapping[str, Path]) -> tuple[str, ...]:
+    """References without a prediction; where only held-out cases were predicted, of these alone."""
+    kinds = {held_out for case_id, (_, held_out) in references.items() if case_id in files}
+    return tuple(case_id for case_id, (_, held_out) in references.items() if case_id not in files and held_out in kinds)
+
+
 def _nothing_found(predictions: Path, wanted: list[str], found: list[str]) -> str:
     there = f"It holds {_some([name + SUFFIX for name in found])}" if found else f"It holds no {SUFFIX} file"
     example = f", such as {wanted[0]}{SUFFIX}" if wanted else ""
@@ -215,37 +219,6 @@ def _nothing_found(predictions: Path, wanted: list[str], found: list[str]) -> st
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:NAMES_SHOWN])
     return f"{shown} and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown
-
-
-def _run(jobs: list[_Job], processes: int) -> Iterator[tuple[_Job, CaseScores | str]]:
-    """Each job with its scores, or with the reason why there are none; in no fixed order."""
-    if processes <= 1:
-        yield from ((job, _attempt(job)) for job in jobs)
-        return
-    interrupted = []
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_attempt, job) for job in jobs]
-        for job, future in zip(jobs, futures):
-            try:
-                yield job, future.result()
-            except BrokenProcessPool:
-                interrupted.append(job)
-    # One killed worker takes the whole pool with it. Alone, each case shows whether it was the cause.
-    for job in interrupted:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            try:
-                yield job, pool.submit(_attempt, job).result()
-            except BrokenProcessPool:
-                yield job, f"{job.prediction}: its process was killed, most often for lack of memory."
-
-
-def _attempt(job: _Job) -> CaseScores | str:
-    try:
-        return _score_case(job)
-    except (UniconError, OSError) as problem:
-        return str(problem)
-    except MemoryError:
-        return f"{job.prediction}: not enough memory; close other programs or evaluate with fewer processes."
 
 
 def _score_case(job: _Job) -> CaseScores:

@@ -18,6 +18,7 @@ from unicon_pipeline.device import choose_device, choose_precision, machine_fact
 from unicon_pipeline.errors import PlanError
 from unicon_pipeline.extension_plan import (
     ExtensionPlan,
+    Schedule,
     check_trainable,
     format_extension,
     plan_extension,
@@ -27,9 +28,16 @@ from unicon_pipeline.fingerprint import Fingerprint
 from unicon_pipeline.intensity import normalised_air
 from unicon_pipeline.loader import PatchLoader
 from unicon_pipeline.losses import SegmentationLoss, dice_of_counts
-from unicon_pipeline.metrics import finite_or_none, summarise
+from unicon_pipeline.metrics import finite_or_none, format_summary, summarise
 from unicon_pipeline.model import build_task_model
-from unicon_pipeline.model_folder import ChainEntry, ModelFolder, TaskPlan, foundation_spec, open_or_create
+from unicon_pipeline.model_folder import (
+    CHAIN_FILE,
+    ChainEntry,
+    ModelFolder,
+    TaskPlan,
+    foundation_spec,
+    open_or_create,
+)
 from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_record, sha256_json, to_dict
 from unicon_pipeline.sliding_window import sliding_window_logits
@@ -54,24 +62,22 @@ class Planned:
 
 @dataclass(frozen=True)
 class ExtendResult:
-    """What an extension added; `entry` is None after a dry run."""
+    """What an extension added."""
 
     plan: ExtensionPlan
-    entry: ChainEntry | None
-    training: TrainingResult | None
+    entry: ChainEntry
+    training: TrainingResult
     validation: dict[str, Any] | None
 
     def summary(self) -> str:
         """One paragraph for a person."""
-        if self.entry is None:
-            return "Dry run: nothing was trained or written."
         text = (
             f"Added {self.entry.name}: {self.entry.trained_parameters:,} trained parameters, "
             f"{self.entry.added_bytes / 1e6:.1f} MB; "
             f"{self.training.steps} steps in {self.training.minutes:.1f} minutes."
         )
         if self.validation:
-            text += " Validation Dice {mean} (95 % interval {low} to {high}, n = {n}).".format_map(self.validation)
+            text += f" Validation Dice {format_summary(self.validation)}."
         return text
 
 
@@ -81,12 +87,10 @@ def extend(
     model: Path,
     *,
     fold: int | str = "all",
-    minutes: float | None = None,
-    epochs: int | None = None,
+    schedule: Schedule | None = None,
     device: str = "auto",
     precision: str = "auto",
     seed: int = 0,
-    dry_run: bool = False,
     resume: bool = True,
 ) -> ExtendResult:
     """Extends the model in `model` by the task in `task_folder`.
@@ -95,30 +99,38 @@ def extend(
         work: where unicon_plan_and_preprocess put the task.
         model: a model folder; created from the embedded foundation where there is none.
         fold: the fold to hold out and validate on, or "all".
-        minutes, epochs: the budget; training ends at whichever comes first.
+        schedule: how long to train, see `schedule_for`; None: the default number of epochs.
         resume: go on with a run of the same plan that was cut.
 
     Raises:
         PlanError: the task is not preprocessed for this model, or cannot be trained.
         CheckpointError: the model folder is damaged, or has the task already.
     """
-    planned = load_planned(task_folder, work, foundation_spec(model))
-    folder = None if dry_run and not (Path(model) / "model.json").exists() else open_or_create(model)
-    if folder and planned.plan.task in folder.tasks:
-        raise PlanError(f"{model} already has the task {planned.plan.task}; tasks are added once. Rename the task.")
-    extension = plan_extension(
-        planned.plan,
-        foundation_spec(model),
-        folder.stem_plans() if folder else {},
-        stored_case_ids(planned.cases),
-        schedule_for(minutes, epochs),
-        fold,
-        seed,
-    )
+    planned, extension = plan_for(task_folder, work, model, fold=fold, schedule=schedule, seed=seed)
     logger.info("%s", format_extension(extension))
-    if dry_run:
-        return ExtendResult(extension, None, None, None)
-    return _Extension(folder, planned, extension, choose_device(device), precision).run(resume)
+    return _Extension(open_or_create(model), planned, extension, choose_device(device), precision).run(resume)
+
+
+def plan_for(
+    task_folder: Path,
+    work: Path,
+    model: Path,
+    *,
+    fold: int | str = "all",
+    schedule: Schedule | None = None,
+    seed: int = 0,
+) -> tuple[Planned, ExtensionPlan]:
+    """What `extend` would do, without doing it; arguments and errors as there."""
+    spec = foundation_spec(model)
+    planned = load_planned(task_folder, work, spec)
+    stems = {}
+    if (Path(model) / CHAIN_FILE).exists():
+        folder = ModelFolder(model)
+        stems = folder.stem_plans()
+        if planned.plan.task in folder.tasks:
+            raise PlanError(f"{model} has the task {planned.plan.task} already; tasks are added once. Rename the task.")
+    stored = stored_case_ids(planned.cases)
+    return planned, plan_extension(planned.plan, spec, stems, stored, schedule or schedule_for(None, None), fold, seed)
 
 
 def load_planned(task_folder: Path, work: Path, spec: FoundationSpec) -> Planned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from unicon_pipeline.metrics import format_summary
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.records import to_dict
 
@@ -63,6 +64,5 @@ def format_description(description: dict[str, Any]) -> str:
             f"{task['training_cases']} cases, {task['training_minutes']:g} minutes of training",
         ]
         if task["validation"]:
-            v = task["validation"]
-            lines.append(f"            validation Dice {v['mean']} ({v['low']} to {v['high']}, n = {v['n']})")
+            lines.append(f"            validation Dice {format_summary(task['validation'])}")
     return "\n".join(lines if description["tasks"] else [*lines, "no task yet: add one with unicon_extend"])

@@ -9,8 +9,9 @@ on the grid of voxel corners, so a distance is exact to about a voxel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import surface_distance
@@ -156,6 +157,14 @@ def summarise(values: Sequence[float | None], groups: Sequence[Hashable] | None 
         n=len(array),
         n_undefined=len(values) - len(array),
     )
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """A summary as written to JSON, for a person: "0.731 (0.62 to 0.81, n = 8)"."""
+    if summary["mean"] is None:
+        return f"undefined (n = {summary['n']})"
+    interval = "" if summary["low"] is None else f"{summary['low']:.2f} to {summary['high']:.2f}, "
+    return f"{summary['mean']:.3f} ({interval}n = {summary['n']})"
 
 
 def bootstrap_statistic(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from unicon_pipeline.contract import ZYX, FoundationSpec
+from unicon_pipeline.contract import ZYX, FoundationSpec, SpacingZYX
 from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_case, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task
@@ -126,14 +126,16 @@ def plan_and_preprocess(
     memory_gb: float | None = None,
     on_cpu: bool = True,
     processes: int | None = None,
-    **overrides: Any,
+    spacing_zyx_mm: SpacingZYX | None = None,
+    patch_shape_zyx: ZYX | None = None,
+    batch_size: int | None = None,
 ) -> tuple[DataPlan, dict[str, str]]:
     """Checks, fingerprints, plans and preprocesses a task into `work`/preprocessed/<Task>/.
 
     Args:
         memory_gb: what training may use; None: 2 GB on a CPU (its limit is time), 8 GB on a GPU.
         processes: cases at a time; None: by cores and free memory.
-        overrides: spacing_zyx_mm, patch_shape_zyx, batch_size; None or left out: planned.
+        spacing_zyx_mm, patch_shape_zyx, batch_size: instead of the planned ones.
 
     Returns:
         The plan, and case id -> reason for the cases that could not be used.
@@ -147,7 +149,7 @@ def plan_and_preprocess(
     memory_gb = memory_gb or (_CPU_MEMORY_GB if on_cpu else _GPU_MEMORY_GB)
     with folder_lock(folder):
         fingerprint: Fingerprint = fingerprint_task(task, spec.input.orientation, processes)
-        plan = plan_task(task, fingerprint, spec, memory_gb, on_cpu, **overrides)
+        plan = plan_task(task, fingerprint, spec, memory_gb, on_cpu, spacing_zyx_mm, patch_shape_zyx, batch_size)
         write_record(folder / "fingerprint.json", fingerprint)
         write_record(folder / "plan.json", plan)
         unusable = set(fingerprint.failed)
