@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.10",
     # dataset_conversion is run from the checkout: as an installed top-level name it would collide with others'.
     packages=["unicon_pipeline"],
-    package_data={"unicon_pipeline": ["embedded/*"]},
+    package_data={"unicon_pipeline": ["embedded/model.json", "embedded/foundation/*"]},
     install_requires=[
         "torch>=2.10",  # earlier versions can be made to run code by a file loaded with weights_only=True
         "numpy>=2.0",

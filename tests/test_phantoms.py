@@ -197,9 +197,17 @@ class TestLesions:
             scene = draw_scene(seed)
             separate = ndimage.label(make_phantom(seed, **SMALL).lesions.array_zyx, np.ones((3, 3, 3)))[1]
             assert 1 <= separate <= len(scene.lesions)
-            fine = make_phantom(seed).lesions
-            volume_ml = fine.array_zyx.sum() * np.prod(fine.grid.spacing_zyx_mm) / 1000
-            assert volume_ml == pytest.approx(sum(lesion.volume_ml for lesion in scene.lesions), rel=0.35, abs=0.7)
+
+    def test_labelled_volumes_are_those_of_the_scene(self):
+        """Lobes move a surface by up to 18 % of its radius: one lesion by a factor of 0.61 to 1.81, none on average."""
+        ratios = []
+        for seed in range(30):
+            scene, labels = draw_scene(seed), make_phantom(seed).lesions
+            volume_ml = labels.array_zyx.sum() * np.prod(labels.grid.spacing_zyx_mm) / 1000
+            ratios.append(volume_ml / sum(lesion.volume_ml for lesion in scene.lesions))
+        assert 0.6 < min(ratios)
+        assert max(ratios) < 1.85
+        assert np.mean(ratios) == pytest.approx(1, abs=0.08)
 
     def test_each_shows_in_ct_or_pet_and_some_in_one_only(self, cohort):
         only_ct = only_pet = 0
@@ -211,7 +219,7 @@ class TestLesions:
             around = ndimage.binary_dilation(mask, iterations=3) & ~ndimage.binary_dilation(mask)
             ct, pet = phantom.ct.array_zyx, onto_grid(phantom.pet, phantom.ct.grid, 0.0).array_zyx
             in_ct = abs(ct[mask].mean() - np.median(ct[around])) > 25
-            in_pet = pet[mask].mean() > 1.3 * np.percentile(pet[around], 90)
+            in_pet = pet[mask].mean() > 1.2 * np.percentile(pet[around], 90)  # small ones in the liver are blurred
             assert in_ct or in_pet, seed
             only_ct += in_ct and not in_pet
             only_pet += in_pet and not in_ct
@@ -247,16 +255,16 @@ class TestFindings:
         def chest(phantom):
             return phantom.ct.array_zyx[10:]  # above the liver's widest part
 
-        def in_lung(phantom):
-            heart_free = np.isin(phantom.organs.array_zyx, [ORGANS["lung"], ORGANS["other"]])
-            return smooth(phantom)[heart_free & (np.indices(heart_free.shape)[0] > 20)]
+        def deep_in_lung(phantom):  # walls are half air, half tissue, as a consolidation is
+            lung = np.isin(phantom.organs.array_zyx, [ORGANS["lung"], ORGANS["other"]])
+            return smooth(phantom)[ndimage.binary_erosion(lung, iterations=4) & (np.indices(lung.shape)[0] > 20)]
 
         measured = {
             "emphysema": lambda p: (p.ct.array_zyx[p.organs.array_zyx == ORGANS["lung"]] < -950).mean(),
             "bone_lesion": lambda p: (chest(p) > 850).sum(),
             "cardiomegaly": lambda p: (p.organs.array_zyx == ORGANS["heart"]).sum(),
             "pleural_effusion": lambda p: ((smooth(p) > 0) & (smooth(p) < 16)).sum(),
-            "consolidation": lambda p: ((in_lung(p) > -700) & (in_lung(p) < -150)).sum(),
+            "consolidation": lambda p: ((deep_in_lung(p) > -700) & (deep_in_lung(p) < -150)).sum(),
         }
         for name, feature in measured.items():
             assert auc([feature(p) for p in cohort], [p.findings[name] for p in cohort]) > 0.8, name

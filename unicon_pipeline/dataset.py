@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.geometry import (
     GRID_TOLERANCE_MM,
+    IMAGE_ENDINGS,
     Grid,
     Volume,
     grids_differ_mm,
@@ -28,12 +30,15 @@ from unicon_pipeline.geometry import (
 )
 from unicon_pipeline.label_spec import Labels, parse_labels
 from unicon_pipeline.records import read_json
-from unicon_pipeline.tables import Table, outcome_faults, read_table, shown
+from unicon_pipeline.tables import Table, class_faults, outcome_faults, read_table, shown
+
+logger = logging.getLogger(__name__)
 
 TASK_TYPES = ("segmentation", "classification", "prognosis")
 KNOWN_MODALITIES = ("CT", "PET")
+INTENSITY_SCHEMES = ("zscore",)
 _FILL = {"CT": -1024.0}
-_CASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-+]*")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-+]*")
 _CHANNEL_FILE = re.compile(r"(.+)_(\d{4})")
 
 
@@ -95,31 +100,37 @@ def read_task(folder: Path) -> Task:
     description = read_json(source, DatasetError)
     if not isinstance(description, dict):
         raise DatasetError(f"{source} must hold an object with channel_names, labels and file_ending.")
-    if not _CASE_ID.fullmatch(folder.resolve().name):
-        raise DatasetError(f"{folder}: a task's name may hold letters, digits and _ . - + only.")
-    modalities = tuple(parse_channels(description, source).values())
-    targets = read_table(folder / "targets.csv") if (folder / "targets.csv").is_file() else None
-    clinical = read_table(folder / "clinical.csv") if (folder / "clinical.csv").is_file() else None
-    task_type = _task_type(description, folder, targets)
-    ending = str(description.get("file_ending", ".nii.gz"))
-    patients = description.get("patients", {})
-    channels = dict(enumerate(modalities))
-    cases = _cases(folder / "imagesTr", folder / "labelsTr", channels, ending, patients)
-    held_out = _cases(folder / "imagesTs", folder / "labelsTs", channels, ending, patients)
-    task = Task(
-        name=folder.resolve().name,
-        folder=folder,
-        task_type=task_type,
-        modalities=modalities,
-        intensity=_declared_intensity(description, modalities, source),
-        labels=parse_labels(description, source) if task_type == "segmentation" else None,
-        file_ending=ending,
-        cases=cases,
-        held_out_cases=held_out,
-        targets=targets,
-        clinical=clinical,
+    faults: list[str] = []
+
+    def attempt(read: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except DatasetError as problem:
+            faults.append(str(problem))
+            return None
+
+    name = folder.resolve().name
+    if not is_safe_name(name):
+        faults.append("a task's name may hold letters, digits and _ . - + only, and must start with a letter or digit")
+    targets = attempt(_optional_table, folder / "targets.csv")
+    clinical = attempt(_optional_table, folder / "clinical.csv")
+    task_type = attempt(_task_type, description, folder, (folder / "targets.csv").is_file(), targets)
+    channels = attempt(parse_channels, description, source)
+    ending = attempt(_file_ending, description, source)
+    patients = attempt(_patients, description, source)
+    intensity = attempt(_declared_intensity, description, tuple((channels or {}).values()), source)
+    labels = attempt(parse_labels, description, source) if task_type == "segmentation" else None
+    if channels is None or ending is None or patients is None:
+        raise DatasetError(f"{folder}:\n{shown(faults)}")
+    cases, held_out = (
+        _cases(folder / f"images{split}", folder / f"labels{split}", channels, ending, patients, faults)
+        for split in ("Tr", "Ts")
     )
-    faults = list(_faults(task))
+    modalities = tuple(channels.values())
+    task = Task(name, folder, task_type, modalities, intensity, labels, ending, cases, held_out, targets, clinical)
+    faults += _case_faults(task, patients)
+    if task_type in ("classification", "prognosis") and not faults:
+        faults += _table_faults(task)
     if faults:
         raise DatasetError(f"{folder}:\n{shown(faults)}")
     return task
@@ -129,36 +140,43 @@ def prediction_cases(source: Path, channel_names: Mapping[int, str], file_ending
     """The cases of a folder (or one image file) to predict.
 
     Files are `<case>_0000.nii.gz` and so on; a file without a channel number is channel 0. The channel names of a
-    `dataset.json` in the folder win over `channel_names`.
+    `dataset.json` in the folder win over `channel_names`; for `imagesTr` and `imagesTs` also one in the folder above.
 
     Raises:
-        DatasetError: nothing is there, or a channel number has no name.
+        DatasetError: nothing is there, no channel number has a name, or two files claim one channel of a case.
     """
     source = Path(source)
+    if not source.exists():
+        raise DatasetError(f"{source} does not exist; expected a folder of images, or one image.")
     folder = source if source.is_dir() else source.parent
-    description = folder / "dataset.json"
-    if description.is_file():
+    above = [folder.parent / "dataset.json"] if folder.name in ("imagesTr", "imagesTs") else []
+    description = next((path for path in (folder / "dataset.json", *above) if path.is_file()), None)
+    if description is not None:
         channel_names = parse_channels(read_json(description, DatasetError), description)
-    files = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.is_file())
-    images = [path for path in files if image_ending(path) == (file_ending if source.is_dir() else image_ending(path))]
+    files = [source] if source.is_file() else _visible_files(source)
+    images = [path for path in files if source.is_file() and image_ending(path) or image_ending(path) == file_ending]
     found: dict[str, dict[int, Path]] = {}
     for path in images:
         case_id, number = split_channel(path)
-        found.setdefault(case_id, {})[number or 0] = path
-    if not found or image_ending(images[0]) is None:
+        first = found.setdefault(case_id, {}).setdefault(number or 0, path)
+        if first != path:
+            raise DatasetError(f"{first} and {path.name} are both channel 0000 of {case_id}; remove or rename one.")
+    if not found:
         there = ", ".join(path.name for path in files[:5]) or "nothing"
         raise DatasetError(
             f"{source} holds no image to predict; expected files such as case1_0000{file_ending} "
             f"(channel 0, {channel_names.get(0, 'CT')}). Found: {there}."
         )
+    named = {case: {n: path for n, path in numbers.items() if n in channel_names} for case, numbers in found.items()}
     unknown = sorted({number for numbers in found.values() for number in numbers} - set(channel_names))
     if unknown:
-        names = ", ".join(f"{number:04d} {name}" for number, name in channel_names.items())
-        raise DatasetError(
-            f"{source} has files of channel {unknown[0]:04d}, such as "
-            f"{next(n[unknown[0]].name for n in found.values() if unknown[0] in n)}; known channels are {names}. "
-            'Name the channels in a dataset.json beside the images: {"channel_names": {"0": "CT", "1": "PET"}}.'
-        )
+        known = ", ".join(f"{number:04d} {name}" for number, name in channel_names.items())
+        what = f"{source} has files of channel {unknown[0]:04d}; the channels that the wanted tasks know are {known}."
+        if not any(named.values()):
+            fix = 'Name the channels in a dataset.json beside the images: {"channel_names": {"0": "CT", "1": "PET"}}.'
+            raise DatasetError(f"{what} {fix}")
+        logger.warning("%s Its files are left aside.", what)
+    found = {case: numbers for case, numbers in named.items() if numbers}
     return tuple(_case(case_id, numbers, channel_names, None, case_id) for case_id, numbers in sorted(found.items()))
 
 
@@ -190,8 +208,10 @@ def check_labels(case: Case, image_grid: Grid, labels: Labels) -> Volume:
     """A case's label map, int16, on the grid of its first image.
 
     Raises:
-        DatasetError: another grid, or a value that `labels` does not name.
+        DatasetError: no label file, another grid, or a value that `labels` does not name.
     """
+    if case.labels is None:
+        raise DatasetError(f"{case.case_id} has no label file.")
     volume = read_labels(case.labels)
     image = next(iter(case.images.values()))
     difference = grids_differ_mm(image_grid, volume.grid)
@@ -223,12 +243,12 @@ def patient_folds(task: Task, k: int = 5, seed: int = 0) -> tuple[tuple[str, ...
 def parse_channels(description: Any, source: Path) -> dict[int, str]:
     """Channel number -> modality, from `channel_names`; CT and PET are recognised in any case."""
     named = description.get("channel_names") if isinstance(description, dict) else None
-    if not isinstance(named, dict) or not named or not all(str(key).isdigit() for key in named):
+    if not isinstance(named, dict) or not named or not all(re.fullmatch("[0-9]{1,4}", key) for key in named):
         raise DatasetError(f'{source} needs channel_names, such as {{"0": "CT", "1": "PET"}}.')
     channels = {}
     for number, name in sorted((int(key), str(value)) for key, value in named.items()):
         channels[number] = name.upper() if name.upper() in KNOWN_MODALITIES else name
-        if not _CASE_ID.fullmatch(channels[number]):
+        if not is_safe_name(channels[number]):
             raise DatasetError(f"{source}: channel {number} is named {name!r}; use letters, digits and _ . - + only.")
     if sorted(channels) != list(range(len(channels))) or len(set(channels.values())) != len(channels):
         raise DatasetError(f"{source}: channel_names must count from 0 without gaps and name each modality once.")
@@ -242,19 +262,39 @@ def split_channel(path: Path) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (stem, None)
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether a case, task or modality may be called so: letters, digits, _ . - +, no step out of a folder."""
+    return _SAFE_NAME.fullmatch(name) is not None and ".." not in name
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    # Hidden files are half-written ones, or what a file manager left behind (._case_0000.nii.gz).
+    return sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+
+
 def _cases(
-    images: Path, labels: Path, channels: Mapping[int, str], ending: str, patients: Mapping[str, str]
+    images: Path, labels: Path, channels: Mapping[int, str], ending: str, patients: Mapping[str, str], faults: list[str]
 ) -> tuple[Case, ...]:
     found: dict[str, dict[int, Path]] = {}
-    for path in sorted(images.glob(f"*{ending}")) if images.is_dir() else ():
+    for path in _visible_files(images):
         case_id, number = split_channel(path)
-        if number in channels and _CASE_ID.fullmatch(case_id):
+        if image_ending(path) != ending:
+            continue
+        if number is None:
+            faults.append(f"{images.name}/{path.name} has no channel number; rename it to {case_id}_0000{ending}")
+        elif number not in channels:
+            known = ", ".join(f"{known:04d} {name}" for known, name in channels.items())
+            faults.append(f"{images.name}/{path.name} is of channel {number:04d}; dataset.json names {known}")
+        elif not is_safe_name(case_id):
+            faults.append(f"{images.name}/{path.name}: a case's name may hold letters, digits and _ . - + only")
+        else:
             found.setdefault(case_id, {})[number] = path
+    annotated = {path.name.removesuffix(ending): path for path in _visible_files(labels) if path.name.endswith(ending)}
+    faults += [f"{labels.name}/{path.name} has no image" for name, path in annotated.items() if name not in found]
     return tuple(
-        _case(case_id, numbers, channels, label if (label := labels / f"{case_id}{ending}").is_file() else None,
-              str(patients.get(case_id, case_id)))
+        _case(case_id, numbers, channels, annotated.get(case_id), patients.get(case_id, case_id))
         for case_id, numbers in found.items()
-    )  # fmt: skip
+    )
 
 
 def _case(
@@ -263,52 +303,93 @@ def _case(
     return Case(case_id, {channels[number]: numbers[number] for number in sorted(numbers)}, labels, patient)
 
 
-def _task_type(description: dict, folder: Path, targets: Table | None) -> str:
+def _task_type(description: dict, folder: Path, has_targets: bool, targets: Table | None) -> str | None:
     declared = description.get("task_type")
     if declared is not None and declared not in TASK_TYPES:
-        raise DatasetError(f"{folder / 'dataset.json'}: task_type {declared!r}; expected {' or '.join(TASK_TYPES)}.")
+        raise DatasetError(f"dataset.json: task_type is {declared!r}; expected {' or '.join(TASK_TYPES)}")
     if declared:
         return declared
     if (folder / "labelsTr").is_dir():
         return "segmentation"
+    if not has_targets:
+        raise DatasetError("there is neither labelsTr/ (segmentation) nor targets.csv (other task types)")
     if targets is None:
-        raise DatasetError(f"{folder} has neither labelsTr/ (segmentation) nor targets.csv (other task types).")
+        return None
     return "prognosis" if {"time_days", "event"} <= set(targets.columns) else "classification"
 
 
+def _optional_table(path: Path) -> Table | None:
+    return read_table(path) if path.is_file() else None
+
+
+def _file_ending(description: dict, source: Path) -> str:
+    ending = description.get("file_ending", ".nii.gz")
+    if ending not in IMAGE_ENDINGS:
+        raise DatasetError(f"{source}: file_ending is {ending!r}; expected one of {', '.join(IMAGE_ENDINGS)}.")
+    return ending
+
+
+def _patients(description: dict, source: Path) -> dict[str, str]:
+    patients = description.get("patients", {})
+    if not isinstance(patients, dict) or not all(isinstance(patient, str | int) for patient in patients.values()):
+        raise DatasetError(f'{source}: patients must name the patient of each case, such as {{"case1": "patient1"}}.')
+    return {case_id: str(patient) for case_id, patient in patients.items()}
+
+
 def _declared_intensity(description: dict, modalities: tuple[str, ...], source: Path) -> dict[str, str]:
-    declared = {str(key): str(value) for key, value in dict(description.get("intensity", {})).items()}
-    silent = [name for name in modalities if name not in KNOWN_MODALITIES and name not in declared]
+    declared = description.get("intensity", {})
+    if not isinstance(declared, dict):
+        raise DatasetError(f'{source}: intensity must name the scheme of each modality, such as {{"T1": "zscore"}}.')
+    others = [name for name in modalities if name not in KNOWN_MODALITIES]
+    silent = [name for name in others if name not in declared]
     if silent:
         raise DatasetError(
             f"{source}: {silent[0]} is neither CT nor PET, so its intensity scheme must be declared: "
             f'"intensity": {{"{silent[0]}": "zscore"}}.'
         )
-    return {name: declared[name] for name in modalities if name in declared}
+    foreign = [name for name in others if declared[name] not in INTENSITY_SCHEMES]
+    if foreign:
+        found = f"{declared[foreign[0]]!r}; expected {' or '.join(INTENSITY_SCHEMES)}"
+        raise DatasetError(f"{source}: the intensity of {foreign[0]} is {found}.")
+    return {name: declared[name] for name in others}
 
 
-def _faults(task: Task) -> Iterable[str]:
-    if not task.cases:
-        files = sorted(path.name for path in (task.folder / "imagesTr").glob("*"))[:5]
+def _case_faults(task: Task, patients: Mapping[str, str]) -> Iterable[str]:
+    if not task.cases and not task.held_out_cases:
+        files = [path.name for path in _visible_files(task.folder / "imagesTr")][:5]
         yield (
             f"no case found: imagesTr/ needs files such as case1_0000{task.file_ending} "
             f"(channel 0, {task.modalities[0]}); it holds {', '.join(files) or 'nothing'}"
         )
-    if task.labels is not None:
+    if task.task_type == "segmentation":
         for case in task.cases:
             if case.labels is None:
                 yield f"{case.case_id} has images but no labelsTr/{case.case_id}{task.file_ending}"
-        return
+    training, held_out = {case.case_id for case in task.cases}, {case.case_id for case in task.held_out_cases}
+    yield from (f"{name} is in imagesTr and in imagesTs; keep it in one" for name in sorted(training & held_out))
+    shared = {case.patient for case in task.cases} & {case.patient for case in task.held_out_cases}
+    yield from (f"patient {name} has cases in imagesTr and in imagesTs" for name in sorted(shared - training))
+    unknown = sorted(set(patients) - training - held_out)
+    if unknown:
+        yield f"dataset.json: patients names cases without images: {', '.join(unknown[:5])}"
+
+
+def _table_faults(task: Task) -> Iterable[str]:
     if task.targets is None:
         yield f"a {task.task_type} task needs targets.csv"
         return
-    known = {case.case_id for case in task.cases}
-    missing = sorted(known - set(task.targets.case_ids))
+    known = {case.case_id for case in (*task.cases, *task.held_out_cases)}
+    missing = [case.case_id for case in task.cases if case.case_id not in set(task.targets.case_ids)]
+    strangers = {
+        table_name: [case_id for case_id in table.case_ids if case_id not in known]
+        for table_name, table in (("targets.csv", task.targets), ("clinical.csv", task.clinical)) if table is not None
+    }  # fmt: skip
+    for table_name, case_ids in strangers.items():
+        if case_ids:
+            listed = ", ".join(case_ids[:10]) + (", ..." if len(case_ids) > 10 else "")
+            logger.warning("%s: rows without images: %s", task.folder / table_name, listed)
     if missing:
-        yield f"targets.csv has no row for {', '.join(missing[:5])}"
-    if task.task_type == "prognosis":
-        absent = {"time_days", "event"} - set(task.targets.columns)
-        if absent:
-            yield f"targets.csv lacks the column {', '.join(sorted(absent))}, which prognosis needs"
-        else:
-            yield from (f"targets.csv: {fault}" for fault in outcome_faults(task.targets))
+        others = f" (it has rows without images: {', '.join(strangers['targets.csv'][:5])})"
+        yield f"targets.csv has no row for {', '.join(missing[:5])}{others if strangers['targets.csv'] else ''}"
+    faults = outcome_faults if task.task_type == "prognosis" else class_faults
+    yield from (f"targets.csv: {fault}" for fault in faults(task.targets))

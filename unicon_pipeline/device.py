@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import logging
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from unicon_pipeline.errors import UniconError
 
@@ -49,11 +51,32 @@ def cpu_computes_bfloat16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
     """Mixed precision for a forward pass; nothing at all in float32."""
     if precision is torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, precision)
+        yield
+        return
+    guard = _DepthTwoInFloat32() if device.type == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device.type, precision), guard:
+        yield
+
+
+class _DepthTwoInFloat32(TorchFunctionMode):
+    """Keeps one kind of convolution out of bfloat16 on a CPU: three deep kernels on maps that are two deep.
+
+    Their weight gradient comes out of oneDNN as what happened to be in memory (seen with torch 2.14: values
+    up to 1e38, NaN, and another result each time); all other shapes tried are right.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is torch.conv3d and arguments[0].shape[2] == 2 and arguments[1].shape[2] > 2:
+            low = torch.get_autocast_dtype("cpu")
+            with torch.autocast("cpu", enabled=False):
+                exact = [a.float() if isinstance(a, torch.Tensor) else a for a in arguments]
+                return function(*exact, **options).to(low)
+        return function(*arguments, **options)
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

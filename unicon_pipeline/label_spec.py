@@ -44,14 +44,20 @@ def parse_labels(description: dict[str, Any], source: Path) -> Labels:
         raise DatasetError(f'{source} needs labels, such as {{"background": 0, "tumour": 1}}.')
     members = {str(name): _values(name, value, source) for name, value in named.items()}
     ignore = members.pop("ignore", None)
+    if members.get("background", (0,)) != (0,):
+        raise DatasetError(f"{source}: the background must have the value 0, found {named['background']!r}.")
     outputs = {name: values for name, values in members.items() if name != "background" and values != (0,)}
     if not outputs:
         raise DatasetError(f"{source}: labels name nothing but the background.")
     order = description.get("regions_class_order")
     regions = any(isinstance(value, list) and len(value) > 1 for value in named.values())
     flat = [value for values in outputs.values() for value in values]
+    if 0 in flat:
+        raise DatasetError(f"{source}: 0 is the background and belongs to no label: {dict(named)}.")
+    if ignore is not None and (len(ignore) != 1 or ignore[0] == 0 or ignore[0] in flat):
+        raise DatasetError(f"{source}: ignore must be one value that no label has, found {named['ignore']!r}.")
     if regions:
-        whole = isinstance(order, list) and all(isinstance(value, int) and 0 < value <= _LARGEST for value in order)
+        whole = isinstance(order, list) and all(isinstance(value, int) and value in flat for value in order)
         if not whole or len(order) != len(outputs):
             raise DatasetError(
                 f"{source}: the labels are regions, so regions_class_order must give one label value for each of "
@@ -68,5 +74,8 @@ def parse_labels(description: dict[str, Any], source: Path) -> Labels:
 def _values(name: Any, value: Any, source: Path) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= _LARGEST for v in values):
-        raise DatasetError(f"{source}: label {name!r} is {value!r}; expected a whole number from 0 to {_LARGEST}.")
+        hint = f' Write it as "{value}": {name} (nnU-Net version 2).' if str(name).isdigit() else ""
+        raise DatasetError(
+            f"{source}: label {name!r} is {value!r}; expected a whole number from 0 to {_LARGEST}.{hint}"
+        )
     return tuple(values)

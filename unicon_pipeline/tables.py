@@ -64,15 +64,37 @@ def read_table(path: Path) -> Table:
 
 def outcome_faults(table: Table) -> list[str]:
     """What is wrong with `time_days` (days, above 0) and `event` (0 or 1), one line per case."""
+    absent = [name for name in ("time_days", "event") if name not in table.columns]
+    if absent:
+        return [f"the column {' and '.join(absent)} is missing; prognosis needs it"]
     faults = []
-    for case_id, time, event in zip(
-        table.case_ids, table.columns["time_days"], table.columns["event"], strict=True
-    ):
+    for case_id, time, event in zip(table.case_ids, table.columns["time_days"], table.columns["event"], strict=True):
         if not isinstance(time, float) or time <= 0:
-            faults.append(f"{case_id}: time_days is {time!r}, expected a number of days above 0")
+            faults.append(f"{case_id}: time_days is {_told(time)}, expected a number of days above 0")
         if event not in (0.0, 1.0):
-            faults.append(f"{case_id}: event is {event!r}, expected 1 (happened) or 0 (censored)")
+            faults.append(f"{case_id}: event is {_told(event)}, expected 1 (happened) or 0 (censored)")
     return faults
+
+
+def class_faults(table: Table) -> list[str]:
+    """What is wrong with the targets of a classification task, one line per case or column.
+
+    One column: names, or whole numbers. Several columns: 0 or 1 each. A blank is "not annotated".
+    """
+    if not table.columns:
+        return ["there is no column beside case_id; classification needs one"]
+    faults = [f"{name} has no value" for name, cells in table.columns.items() if all(cell is None for cell in cells)]
+    for name, cells in table.columns.items():
+        for case_id, cell in zip(table.case_ids, cells, strict=True):
+            if len(table.columns) > 1 and cell not in (None, 0.0, 1.0):
+                faults.append(f"{case_id}: {name} is {_told(cell)}, expected 1, 0 or blank (several columns: findings)")
+            elif isinstance(cell, float) and not cell.is_integer():
+                faults.append(f"{case_id}: {name} is {_told(cell)}, expected a class: a name or a whole number")
+    return faults
+
+
+def _told(cell: Cell) -> str:
+    return "blank" if cell is None else repr(cell)
 
 
 def shown(faults: list[str]) -> str:

@@ -1,0 +1,151 @@
+"""Voxel values: numpy's interpolation as reference, units refused or accepted, the body's box."""
+
+import numpy as np
+import pytest
+
+from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, InputContract, IntensityRule
+from unicon_pipeline.errors import DatasetError, PlanError
+from unicon_pipeline.geometry import Grid, Volume
+from unicon_pipeline.intensity import body_box, check_units, normalise, normalised_air, rules_for
+from unicon_pipeline.phantoms import make_phantom
+
+ZSCORE = IntensityRule("zscore", "none")
+
+
+def contract(**intensity):
+    return InputContract(tuple(intensity), "LPS", None, None, (8, 8, 8), intensity)
+
+
+def volume(array):
+    array = np.asarray(array, np.float32)
+    return Volume(array, Grid(array.shape, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)))
+
+
+class TestRules:
+    def test_the_foundation_comes_first(self):
+        own = IntensityRule("piecewise", "HU", (-100.0, 300.0), (0.0, 1.0))
+        rules = rules_for(("CT", "PET", "T1"), contract(CT=own), {"T1": "zscore"})
+        assert rules == {"CT": own, "PET": PET_SUV_RULE, "T1": ZSCORE}
+        assert list(rules) == ["CT", "PET", "T1"]
+        assert rules_for(("CT",), contract(), {}) == {"CT": CT_HU_RULE}
+
+    @pytest.mark.parametrize("declared", [{}, {"T1": "minmax"}])
+    def test_a_modality_without_a_scheme(self, declared):
+        with pytest.raises(PlanError, match='"T1": "zscore"'):
+            rules_for(("CT", "T1"), contract(), declared)
+
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            IntensityRule("piecewise", "HU", (0.0,), (0.0,)),
+            IntensityRule("piecewise", "HU", (0.0, 0.0), (0.0, 1.0)),
+            IntensityRule("piecewise", "HU", (0.0, 1.0, 2.0), (0.0, 1.0)),
+            IntensityRule("piecewise", "HU", (0.0, float("inf")), (0.0, 1.0)),
+            IntensityRule("other", "HU"),
+        ],
+    )
+    def test_a_broken_rule_is_refused(self, rule):
+        with pytest.raises(PlanError):
+            rules_for(("CT",), contract(CT=rule), {})
+
+
+class TestNormalise:
+    @pytest.mark.parametrize(
+        "rule", [CT_HU_RULE, PET_SUV_RULE, IntensityRule("piecewise", "HU", (-100.0, 240.0), (-1.5, 3.0))]
+    )
+    def test_is_numpys_interpolation(self, rule):
+        values = np.random.default_rng(0).uniform(-3000, 4000, (5, 6, 7)).astype(np.float32)
+        values.ravel()[: len(rule.knots_in)] = rule.knots_in
+        found = normalise(values, rule)
+        assert found.dtype == np.float32
+        assert found == pytest.approx(np.interp(values, rule.knots_in, rule.knots_out), abs=2e-5)
+
+    def test_leaves_the_input_alone(self):
+        values = np.random.default_rng(0).normal(0, 100, (3, 4, 5)).astype(np.float32)
+        values.setflags(write=False)
+        for rule in (CT_HU_RULE, ZSCORE):
+            assert not np.shares_memory(normalise(values, rule), values)
+
+    def test_an_suv_means_the_same_in_every_image(self):
+        quiet, hot = np.zeros((2, 2, 2), np.float32), np.full((2, 2, 2), 40, np.float32)
+        quiet[0, 0, 0] = hot[0, 0, 0] = 20
+        assert normalise(quiet, PET_SUV_RULE)[0, 0, 0] == normalise(hot, PET_SUV_RULE)[0, 0, 0]
+        assert normalise(hot, PET_SUV_RULE)[1, 1, 1] > normalise(hot, PET_SUV_RULE)[0, 0, 0]
+
+    def test_zscore(self):
+        values = np.random.default_rng(1).normal(1e4, 3, (8, 8, 8)).astype(np.float32)
+        found = normalise(values, ZSCORE)
+        assert found.mean() == pytest.approx(0, abs=1e-3)
+        assert found.std() == pytest.approx(1, abs=1e-3)
+        assert not normalise(np.full((4, 4, 4), 7.3, np.float32), ZSCORE).any()
+
+    def test_air(self):
+        assert normalised_air(CT_HU_RULE, "CT") == -2
+        assert normalised_air(PET_SUV_RULE, "PET") == 0
+        assert normalised_air(ZSCORE, "T1") == 0
+
+
+class TestUnits:
+    @pytest.fixture(scope="class")
+    def phantom(self):
+        return make_phantom(3, shape_zyx=(20, 32, 32), spacing_zyx_mm=(10.0, 9.0, 9.0))
+
+    def test_hu_and_suv_pass(self, phantom):
+        check_units(phantom.ct.array_zyx, "CT", "ct.nii.gz")
+        check_units(phantom.pet.array_zyx, "PET", "pet.nii.gz")
+        check_units(phantom.ct.array_zyx + 5000, "T1", "t1.nii.gz")
+
+    def test_one_hot_voxel_is_still_suv(self, phantom):
+        hot = phantom.pet.array_zyx.copy()
+        hot[0, 0, 0] = 900  # a full bladder, or tracer at the injection site
+        check_units(hot, "PET", "pet.nii.gz")
+
+    @pytest.mark.parametrize(
+        ("modality", "change", "says"),
+        [
+            ("PET", lambda ct, pet: pet * 5000, "Bq/ml.*injected dose"),
+            ("PET", lambda ct, pet: ct, "looks like HU"),
+            ("CT", lambda ct, pet: ct + 1024, "RescaleIntercept"),
+            ("CT", lambda ct, pet: (ct + 1000) / 4000, "already scaled"),
+            ("CT", lambda ct, pet: ct * 10, "not HU"),
+            ("CT", lambda ct, pet: ct * 0 - 1000, "every voxel is -1000"),
+            ("PET", lambda ct, pet: pet * 0, "image is empty"),
+            ("T1", lambda ct, pet: pet * 0, "image is empty"),
+        ],
+    )
+    def test_other_units_are_refused_with_the_way_to_convert(self, phantom, modality, change, says):
+        with pytest.raises(DatasetError, match=says) as problem:
+            check_units(change(phantom.ct.array_zyx, phantom.pet.array_zyx), modality, "folder/image.nii.gz")
+        assert "folder/image.nii.gz" in str(problem.value)
+
+
+class TestBodyBox:
+    def test_body_and_three_voxels_around_it(self):
+        ct = np.full((20, 30, 40), -1000.0)
+        ct[8:12, 1:20, 25:39] = 40
+        assert body_box({"CT": volume(ct)}) == (slice(5, 15), slice(0, 23), slice(22, 40))
+
+    def test_ct_alone_decides_where_it_is_there(self):
+        ct, pet = np.full((20, 20, 20), -1000.0), np.zeros((20, 20, 20))
+        ct[8:12, 8:12, 8:12] = 40
+        pet[0:20, 4:16, 4:16] = 2
+        assert body_box({"PET": volume(pet), "CT": volume(ct)}) == (slice(5, 15),) * 3
+        assert body_box({"PET": volume(pet)})[1] == slice(0, 20)  # blurred by one voxel, and the margin
+
+    def test_a_noisy_pet_voxel_in_air_is_no_body(self):
+        pet = np.zeros((20, 20, 20))
+        pet[10:14, 10:14, 10:14] = 3
+        pet[0, 0, 0] = 0.3
+        assert body_box({"PET": volume(pet)}) == (slice(6, 18),) * 3
+
+    def test_other_modalities_count_together(self):
+        t1, t2 = np.zeros((20, 20, 20)), np.zeros((20, 20, 20))
+        t1[5, 10, 10], t2[15, 10, 10] = 100, 100
+        assert body_box({"T1": volume(t1), "T2": volume(t2)})[0] == slice(2, 19)
+
+    def test_nothing_found_is_the_whole_image(self):
+        assert body_box({"CT": volume(np.full((4, 5, 6), -1000.0))}) == (slice(0, 4), slice(0, 5), slice(0, 6))
+
+    def test_images_on_different_grids_are_refused(self):
+        with pytest.raises(DatasetError, match="share one grid"):
+            body_box({"CT": volume(np.zeros((4, 5, 6))), "PET": volume(np.zeros((4, 5, 7)))})

@@ -1,0 +1,134 @@
+"""Prediction: the input's grid, any allowed modalities, old tasks bit for bit, one bad case costs itself only."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from unicon_pipeline.errors import CheckpointError, PredictionError
+from unicon_pipeline.geometry import read_image
+from unicon_pipeline.predict import Predictor, predict_folder
+
+
+def pixels(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+@pytest.fixture(scope="module")
+def after(grown, tmp_path_factory):
+    out = tmp_path_factory.mktemp("after")
+    images = grown.raw("CTPET") / "imagesTr"
+    return out, predict_folder(images, out, grown.model, device="cpu", save_probabilities=True)
+
+
+def test_the_first_task_is_bit_identical_after_the_second(grown, after):
+    out, _ = after
+    before = sorted((grown.predictions_before / "CT").rglob("*.nii.gz"))
+    assert len(before) == 9
+    for path in before:
+        now = out / "CT" / path.relative_to(grown.predictions_before / "CT")
+        assert np.array_equal(pixels(path), pixels(now)), path.name
+
+
+def test_output_lies_on_the_grid_of_the_input(grown, after):
+    out, report = after
+    assert report.exit_code == 0
+    for task in ("CT", "CTPET"):
+        image = sitk.ReadImage(str(grown.raw("CTPET") / "imagesTr" / "phantom_0001_0000.nii.gz"))
+        labels = sitk.ReadImage(str(out / task / "phantom_0001.nii.gz"))
+        assert labels.GetSize() == image.GetSize()
+        for got, wanted in ((labels.GetSpacing(), image.GetSpacing()), (labels.GetOrigin(), image.GetOrigin())):
+            assert got == pytest.approx(wanted, abs=1e-4)
+        assert labels.GetDirection() == pytest.approx(image.GetDirection(), abs=1e-6)
+
+
+def test_probabilities_sum_to_one_and_their_largest_is_the_label(after):
+    out, _ = after
+    folder = out / "CTPET" / "probabilities"
+    background = pixels(folder / "phantom_0002_background.nii.gz")
+    lesion = pixels(folder / "phantom_0002_lesion.nii.gz")
+    np.testing.assert_allclose(background + lesion, 1.0, atol=1e-5)
+    labels = pixels(out / "CTPET" / "phantom_0002.nii.gz")
+    clear = np.abs(lesion - background) > 1e-5
+    assert np.array_equal((lesion > background)[clear], (labels == 1)[clear])
+
+
+def test_a_flipped_and_turned_input_gives_the_same_mask_in_its_own_frame(grown, after, tmp_path):
+    out, _ = after
+    source = sitk.ReadImage(str(grown.raw("CT") / "imagesTr" / "phantom_0001_0000.nii.gz"))
+    turned = sitk.DICOMOrient(source, "PRS")
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(turned, str(tmp_path / "in" / "turned_0000.nii.gz"))
+    predict_folder(tmp_path / "in", tmp_path / "out", grown.model, tasks=["CT"], device="cpu")
+    mask = sitk.ReadImage(str(tmp_path / "out" / "CT" / "turned.nii.gz"))
+    assert mask.GetSize() == turned.GetSize()
+    back = sitk.GetArrayFromImage(sitk.DICOMOrient(mask, "LPS"))
+    expected = sitk.GetArrayFromImage(
+        sitk.DICOMOrient(sitk.ReadImage(str(out / "CT" / "phantom_0001.nii.gz")), "LPS")
+    )
+    assert np.array_equal(back, expected)
+
+
+def test_any_part_of_the_modalities_is_a_valid_input(grown, tmp_path):
+    images = grown.raw("CTPET") / "imagesTr"
+    (tmp_path / "in").mkdir()
+    shutil.copy(images / "phantom_0001_0000.nii.gz", tmp_path / "in" / "ct_0000.nii.gz")
+    shutil.copy(images / "phantom_0001_0001.nii.gz", tmp_path / "in" / "pet_0001.nii.gz")
+    report = predict_folder(tmp_path / "in", tmp_path / "out", grown.model, device="cpu")
+    runs = {case.case_id: case for case in report.cases}
+    assert {run.task: run.modalities for run in runs["ct"].done} == {"CT": ("CT",), "CTPET": ("CT",)}
+    assert {run.task: run.modalities for run in runs["pet"].done} == {"CTPET": ("PET",)}
+    assert runs["pet"].skipped == {"CT": "needs CT, the case has PET"}
+    assert report.exit_code == 0
+    pet = sitk.ReadImage(str(tmp_path / "in" / "pet_0001.nii.gz"))
+    assert sitk.ReadImage(str(tmp_path / "out" / "CTPET" / "pet.nii.gz")).GetSize() == pet.GetSize()
+    written = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert written["model"] and written["versions"]["torch"] and written["cases"][0]["done"][0]["seconds"] > 0
+
+
+def test_one_bad_case_is_named_and_the_others_are_written(grown, tmp_path):
+    images = grown.raw("CTPET") / "imagesTr"
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    inputs.mkdir()
+    for case, channels in (("broken", (0, 1)), ("ctonly", (0,)), ("full", (0, 1))):
+        for channel in channels:
+            shutil.copy(images / f"phantom_0002_{channel:04d}.nii.gz", inputs / f"{case}_{channel:04d}.nii.gz")
+    whole = (inputs / "broken_0000.nii.gz").read_bytes()
+    (inputs / "broken_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (out / "CT").mkdir(parents=True)
+    (out / "CT" / "broken.nii.gz").write_bytes(b"from an earlier run")
+    report = predict_folder(inputs, out, grown.model, device="cpu")
+    assert report.exit_code == 1
+    failures = {case.case_id: case.failure for case in report.cases if case.failure}
+    assert list(failures) == ["broken"] and "broken_0000.nii.gz" in failures["broken"]
+    assert sorted(path.name for path in (out / "CTPET").glob("*.nii.gz")) == ["ctonly.nii.gz", "full.nii.gz"]
+    assert not (out / "CT" / "broken.nii.gz").exists(), "a stale mask must not look like a result"
+    assert "broken FAILED" in report.summary()
+
+
+def test_channels_that_tasks_number_differently_must_be_named(grown):
+    predictor = Predictor.__new__(Predictor)
+    plans = {name: type("Plan", (), {"modalities": m}) for name, m in (("A", ("CT",)), ("B", ("PET", "CT")))}
+    predictor.plans = plans
+    with pytest.raises(PredictionError, match="Channel 0000 is CT in one of the tasks and PET in B"):
+        predictor.channel_names()
+
+
+def test_unknown_task_and_empty_model_are_refused(grown, tmp_path):
+    images = grown.raw("CT") / "imagesTr"
+    with pytest.raises(CheckpointError, match="no task 'Liver'"):
+        predict_folder(images, tmp_path, grown.model, tasks=["Liver"], device="cpu")
+
+
+def test_mirroring_is_done_and_recorded(grown, after, tmp_path):
+    out, _ = after
+    source = grown.raw("CT") / "imagesTr" / "phantom_0003_0000.nii.gz"
+    report = predict_folder(
+        source, tmp_path, grown.model, tasks=["CT"], device="cpu", precision="fp32", tta=True, save_probabilities=True
+    )
+    assert report.tta
+    name = "probabilities/phantom_0003_lesion.nii.gz"
+    one, other = read_image(out / "CT" / name).array_zyx, read_image(tmp_path / "CT" / name).array_zyx
+    assert np.abs(one - other).max() > 0

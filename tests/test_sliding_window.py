@@ -1,0 +1,73 @@
+"""Sliding window: nnU-Net's positions and weights, exact for a network whose output does not depend on the tile."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from unicon_pipeline.sliding_window import gaussian_weights, sliding_window_logits, tile_count, tile_starts
+
+
+@pytest.mark.parametrize(
+    "size, tile, expected",
+    [
+        (64, 64, (0,)),
+        (65, 64, (0, 1)),
+        (96, 64, (0, 32)),
+        (97, 64, (0, 16, 33)),  # np.round takes 16.5 to the even 16
+        (110, 64, (0, 23, 46)),  # nnU-Net's own example
+        (200, 64, (0, 27, 54, 82, 109, 136)),
+    ],
+)
+def test_tile_positions(size, tile, expected):
+    assert tile_starts((size, tile, tile), (tile, tile, tile))[0] == expected
+
+
+def test_weights_are_a_gaussian_that_is_nowhere_zero():
+    tile = (16, 24, 64)
+    impulse = np.zeros(tile)
+    impulse[8, 12, 32] = 1
+    expected = gaussian_filter(impulse, [2, 3, 8], mode="constant")
+    expected /= expected.max()
+    weights = gaussian_weights(tile).numpy()
+    seen = expected > 0
+    np.testing.assert_allclose(weights[seen], expected[seen], rtol=1e-5)
+    assert weights.min() > 0 and weights.max() == 1
+
+
+class Pointwise(torch.nn.Module):
+    """Two output channels, each a function of its own voxel: any tiling must give the same."""
+
+    def forward(self, images, present):
+        return [torch.cat((images[:, :1] * 2, images[:, 1:] - 1), dim=1)]
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 40), (16, 16, 16), (9, 50, 12)])
+@pytest.mark.parametrize("tta", [False, True])
+def test_pointwise_network_is_reproduced(shape, tta):
+    array = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    logits = sliding_window_logits(
+        Pointwise(), array, (True, True), (-1.0, 0.0), (16, 16, 16), torch.device("cpu"), torch.float32, tta
+    )
+    np.testing.assert_allclose(logits.numpy(), np.stack((array[0] * 2, array[1] - 1)), atol=2e-6)
+
+
+def test_volumes_smaller_than_a_tile_are_padded_with_air():
+    seen = []
+
+    class Spy(Pointwise):
+        def forward(self, images, present):
+            seen.append(images)
+            return super().forward(images, present)
+
+    array = np.ones((2, 4, 16, 16), np.float32)
+    sliding_window_logits(Spy(), array, (True, True), (-3.0, 0.5), (16, 16, 16), torch.device("cpu"), torch.float32)
+    (tile,) = seen
+    assert tile.shape == (1, 2, 16, 16, 16)
+    assert torch.equal(tile[0, :, 6:10], torch.ones(2, 4, 16, 16))
+    assert (tile[0, 0, :6] == -3).all() and (tile[0, 1, 10:] == 0.5).all()
+
+
+def test_tile_count():
+    assert tile_count((20, 30, 40), (16, 16, 16)) == 2 * 3 * 4
+    assert tile_count((4, 4, 4), (16, 16, 16)) == 1
