@@ -33,7 +33,10 @@ def atomic_path(destination: Path) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = destination.with_name(f".{os.getpid()}.partial.{destination.name}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask wants it; some writers (safetensors) would make it private
         yield aside
+        aside.chmod(mode)
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, destination)

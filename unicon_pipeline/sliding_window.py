@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -85,15 +86,12 @@ def tile_count(shape_zyx: ZYX, tile_zyx: ZYX) -> int:
 
 
 def _padded(images_czyx: Tensor, air: tuple[float, ...], tile_zyx: ZYX) -> tuple[Tensor, tuple[slice, ...]]:
-    """Pads with air to at least a tile, evenly on both sides, and says where the volume lies then."""
-    sizes = tuple(images_czyx.shape[1:])
-    padded_sizes = tuple(max(size, tile) for size, tile in zip(sizes, tile_zyx, strict=True))
-    inner = tuple(slice((p - n) // 2, (p - n) // 2 + n) for p, n in zip(padded_sizes, sizes, strict=True))
-    if padded_sizes == sizes:
-        return images_czyx, inner
-    padded = torch.tensor(air).view(-1, 1, 1, 1).expand(-1, *padded_sizes).clone()
-    padded[(slice(None), *inner)] = images_czyx
-    return padded, inner
+    """Pads each channel with its air to at least a tile, evenly on both sides; says where the volume lies then."""
+    padded, inner = [], ()
+    for channel, value in zip(images_czyx, air, strict=True):
+        image, inner = pad_nd_image(channel, tile_zyx, "constant", {"value": value}, return_slicer=True)
+        padded.append(image)
+    return torch.stack(padded), tuple(inner)
 
 
 def _tiles(shape_zyx: ZYX, tile_zyx: ZYX) -> Iterator[tuple[slice, ...]]:
