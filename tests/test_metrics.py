@@ -12,7 +12,17 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from unicon_pipeline import metrics
-from unicon_pipeline.metrics import Summary, bootstrap_interval, dice, summarise, surface_scores, volume_ml
+from unicon_pipeline.metrics import (
+    Summary,
+    area_under_curve,
+    bootstrap_interval,
+    bootstrap_statistic,
+    dice,
+    format_summary,
+    summarise,
+    surface_scores,
+    volume_ml,
+)
 
 SPACING = (5.0, 1.5, 1.0)
 
@@ -224,3 +234,24 @@ def test_summary_counts_what_is_undefined_and_leaves_it_out():
     assert 0.2 <= summary.low < 0.6 < summary.high <= 0.9
     assert summarise([None, None]) == Summary(None, None, None, None, 0, 2)
     assert summarise([0.4]) == Summary(0.4, 0.4, None, None, 1, 0)
+
+
+class TestAreaUnderCurve:
+    def test_counts_ordered_pairs_with_half_for_ties(self):
+        scores, positive = np.array([0.1, 0.4, 0.4, 0.8, 9.0]), np.array([0, 0, 1, 1, np.nan])
+        assert area_under_curve(scores, positive) == (1 + 0.5 + 1 + 1) / 4
+
+    def test_one_class_alone_has_none(self):
+        assert math.isnan(area_under_curve(np.array([1.0, 2.0]), np.array([1.0, np.nan])))
+
+
+def test_bootstrap_statistic_agrees_with_the_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(size=60)
+    low, high = bootstrap_statistic(lambda rows: float(values[rows].mean()), 60)
+    expected = bootstrap_interval(values.tolist())
+    assert (low, high) == pytest.approx(expected, abs=0.05)
+
+
+def test_summary_for_a_person():
+    assert format_summary({"mean": 0.7312, "low": 0.6, "high": 0.8, "n": 8}) == "0.731 (0.60 to 0.80, n = 8)"
+    assert format_summary({"mean": None, "low": None, "high": None, "n": 0}) == "undefined (n = 0)"

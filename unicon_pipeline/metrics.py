@@ -170,10 +170,16 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 def bootstrap_statistic(
     statistic: Callable[[np.ndarray], float], n: int, n_boot: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic that is no mean; it gets the row numbers drawn from 0..n-1."""
+    """Percentile bootstrap interval of a statistic that is no mean; it gets the row numbers drawn from 0..n-1.
+
+    Draws for which the statistic is undefined (NaN) are left out; (NaN, NaN) if it always is, or for n < 2.
+    """
     generator = np.random.default_rng(seed)
-    drawn = [statistic(generator.integers(n, size=n)) for _ in range(n_boot)]
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.array([statistic(generator.integers(n, size=n)) for _ in range(n_boot)])
+    drawn = drawn[np.isfinite(drawn)]
+    if n < 2 or not len(drawn):
+        return math.nan, math.nan
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

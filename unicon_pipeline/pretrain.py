@@ -175,8 +175,12 @@ def _validate(
     mean = mean_auc(np.arange(len(case_ids)))
     logger.info("validation: mean AUC %.3f (%.3f to %.3f, n = %d)", mean, low, high, len(case_ids))
     return {
-        "mean_auc": round(mean, 4),
-        "interval_95": [round(low, 4), round(high, 4)],
+        "mean_auc": _rounded(mean),
+        "interval_95": [_rounded(low), _rounded(high)],
         "n": len(case_ids),
-        "auc": {name: None if np.isnan(value) else round(value, 4) for name, value in each.items()},
+        "auc": {name: _rounded(value) for name, value in each.items()},
     }
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(value, 4)
