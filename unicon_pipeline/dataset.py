@@ -309,7 +309,7 @@ def _task_type(description: dict, folder: Path, has_targets: bool, targets: Tabl
         raise DatasetError(f"dataset.json: task_type is {declared!r}; expected {' or '.join(TASK_TYPES)}")
     if declared:
         return declared
-    if (folder / "labelsTr").is_dir():
+    if (folder / "labelsTr").is_dir() or (not has_targets and (folder / "labelsTs").is_dir()):
         return "segmentation"
     if not has_targets:
         raise DatasetError("there is neither labelsTr/ (segmentation) nor targets.csv (other task types)")

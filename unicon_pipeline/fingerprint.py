@@ -64,13 +64,18 @@ class CaseFingerprint:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All readable cases in the task's order; `failed`: case id -> why the case could not be used."""
+    """All readable cases in the task's order; `failed`: case id -> why the case could not be used.
+
+    `modalities` and `labels`: the task's, as they were.
+    """
 
     task: str
     orientation: str | None
     cases: tuple[CaseFingerprint, ...]
     intensity: dict[str, ChannelStatistics]
     failed: dict[str, str]
+    modalities: tuple[str, ...] = ()
+    labels: Labels | None = None
     schema_version: int = 1
 
 
@@ -101,6 +106,7 @@ def fingerprint_case(
     grid = next(iter(images.values())).grid
     box = body_box(images)
     voxels = _label_voxels(labels, task.labels)
+    images_sha256, labels_sha256 = _digests(case, task)
     record = CaseFingerprint(
         case_id=case.case_id,
         modalities=tuple(images),
@@ -109,8 +115,8 @@ def fingerprint_case(
         spacing_zyx_mm=grid.spacing_zyx_mm,
         label_voxels=voxels,
         oddities=tuple(_oddities(images, task, box, labels, voxels)),
-        images_sha256={modality: sha256_file(case.images[modality]) for modality in images},
-        labels_sha256=sha256_file(case.labels) if labels is not None else None,
+        images_sha256=images_sha256,
+        labels_sha256=labels_sha256,
     )
     return record, _foreground_values(case.case_id, images, labels, task.labels)
 
@@ -147,7 +153,25 @@ def fingerprint_task(task: Task, orientation: str | None, processes: int = 1) ->
         values = [samples[modality] for _, samples in usable if modality in samples]
         if values:
             statistics[modality] = _statistics(np.concatenate(values))
-    return Fingerprint(task.name, orientation, tuple(record for record, _ in usable), statistics, failed)
+    records = tuple(record for record, _ in usable)
+    return Fingerprint(task.name, orientation, records, statistics, failed, task.modalities, task.labels)
+
+
+def is_current(fingerprint: Fingerprint, task: Task, orientation: str | None) -> bool:
+    """Whether a fingerprint would come out the same: same task, same files by their digests, and none that failed."""
+    described = (fingerprint.task, fingerprint.orientation, fingerprint.modalities, fingerprint.labels)
+    if described != (task.name, orientation, task.modalities, task.labels):
+        return False
+    found = [(record.case_id, record.images_sha256, record.labels_sha256) for record in fingerprint.cases]
+    if [case_id for case_id, _, _ in found] != [case.case_id for case in task.cases]:
+        return False
+    return all(_digests(case, task) == tuple(digests) for case, (_, *digests) in zip(task.cases, found))
+
+
+def _digests(case: Case, task: Task) -> tuple[dict[str, str], str | None]:
+    labelled = task.labels is not None and case.labels is not None
+    images = {modality: sha256_file(path) for modality, path in case.images.items()}
+    return images, sha256_file(case.labels) if labelled else None
 
 
 def _label_voxels(labels: Volume | None, declared: Labels | None) -> dict[str, int]:
@@ -192,7 +216,7 @@ def _oddities(
     if mask is not None:
         outside = int(mask.sum() - mask[box].sum())
         if outside:
-            yield f"{outside} labelled voxels lie outside the body and are cropped away"
+            yield f"{outside} labelled voxels lie outside the body, where a prediction does not look"
 
 
 def _foreground_values(

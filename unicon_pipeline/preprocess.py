@@ -16,12 +16,12 @@ import numpy as np
 from unicon_pipeline.contract import ZYX, FoundationSpec, SpacingZYX
 from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_case, read_task
 from unicon_pipeline.errors import DatasetError
-from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task
+from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task, is_current
 from unicon_pipeline.geometry import Grid, Volume, orient
 from unicon_pipeline.intensity import body_box, check_units, normalise, normalised_air
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.progress import progress_bar
-from unicon_pipeline.records import sha256_file, sha256_json, to_dict, write_record
+from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_record
 from unicon_pipeline.resize import axis_orders, resize, resize_labels, resized_shape
 from unicon_pipeline.store import folder_lock, forget_case, is_sound, read_meta, stored_case_ids, write_case
 from unicon_pipeline.workers import Failure, each, usable_processes
@@ -148,14 +148,28 @@ def plan_and_preprocess(
     processes = processes or usable_processes(_MEGABYTES_PER_PROCESS)
     memory_gb = memory_gb or (_CPU_MEMORY_GB if on_cpu else _GPU_MEMORY_GB)
     with folder_lock(folder):
-        fingerprint: Fingerprint = fingerprint_task(task, spec.input.orientation, processes)
+        fingerprint = _fingerprint(task, spec.input.orientation, processes, folder / "fingerprint.json")
         plan = plan_task(task, fingerprint, spec, memory_gb, on_cpu, spacing_zyx_mm, patch_shape_zyx, batch_size)
-        write_record(folder / "fingerprint.json", fingerprint)
         write_record(folder / "plan.json", plan)
         unusable = set(fingerprint.failed)
         usable = tuple(case for case in task.cases if case.case_id not in unusable)
         failed = preprocess_task(dataclasses.replace(task, cases=usable), plan, folder / "cases", processes)
     return plan, {**fingerprint.failed, **failed}
+
+
+def _fingerprint(task: Task, orientation: str | None, processes: int, path: Path) -> Fingerprint:
+    """The stored fingerprint if no file has changed, else a new one, which is stored."""
+    if path.is_file():
+        try:
+            stored = read_record(path, Fingerprint, DatasetError)
+        except DatasetError as problem:  # of another version, or damaged
+            logger.info("%s The fingerprint is made again.", problem)
+        else:
+            if is_current(stored, task, orientation):
+                return stored
+    fingerprint = fingerprint_task(task, orientation, processes)
+    write_record(path, fingerprint)
+    return fingerprint
 
 
 def _oriented(volume: Volume, orientation: str | None) -> Volume:
@@ -195,7 +209,8 @@ def _recipe(plan: DataPlan) -> dict[str, Any]:
     """What of a plan decides the stored arrays."""
     whole = to_dict(plan)
     names = ["modalities", "labels", "orientation", "spacing_zyx_mm", "view", "intensity", "patch_shape_zyx"]
-    return {name: whole[name] for name in names}
+    recipe = {name: whole[name] for name in names}
+    return recipe if plan.labels is None else recipe | {"label_rule": "largest share"}
 
 
 def _preprocess_case(case: Case, plan: DataPlan, destination: Path, recipe: dict[str, Any]) -> str:
@@ -203,8 +218,7 @@ def _preprocess_case(case: Case, plan: DataPlan, destination: Path, recipe: dict
     files = {name: sha256_file(path) for name, path in case.images.items()}
     with_labels = plan.labels is not None and case.labels is not None
     digest = sha256_json([recipe, files, sha256_file(case.labels) if with_labels else None])
-    stored = read_meta(destination, case.case_id)
-    if stored and stored.get("made_from") == digest and is_sound(destination, case.case_id):
+    if is_sound(destination, case.case_id) and read_meta(destination, case.case_id).get("made_from") == digest:
         return "unchanged"
     images = read_case(case)
     for name, volume in images.items():

@@ -2,7 +2,7 @@
 
 A spline resize of whatever order is linear and separable, so the 1-D resize of the identity holds all there
 is to know about an axis, and matrix products do the rest. The rules (when an axis is handled on its own, how
-labels are decided, how shapes are rounded) are nnU-Net's published ones.
+labels are decided, how shapes are rounded) are those of nnU-Net and its batchgenerators (0.25.5).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unicon_pipeline.contract import ZYX, SpacingZYX
 
 ANISOTROPY = 3.0  # an axis this many times coarser than the finest one is resampled on its own
 
-# Half-way values decide labels, and float32 products reach 0.5 only to within this.
+# Shares of one voxel that differ by less are equal: float32 products are exact only to within this.
 _TIE = 1e-6
 
 
@@ -63,27 +63,38 @@ def resize(array_czyx: np.ndarray, shape_zyx: ZYX, orders: ZYX = (3, 3, 3), clip
 
 
 def resize_labels(array_zyx: np.ndarray, shape_zyx: ZYX, orders: ZYX) -> np.ndarray:
-    """Resizes a label map to a new int16 array of `shape_zyx`, by the >= 0.5 rule of nnU-Net.
+    """Resizes a label map to a new int16 array of `shape_zyx`: the label with the largest share of a voxel gets it.
 
-    Each label's indicator is resized with `orders` (z, y, x; 1 is linear, 0 nearest) and claims the voxels where it
-    reaches one half. Larger labels are written later and so win a tie; a voxel that no label claims is background.
-    The work for a label is limited to where it can be.
+    Each label's indicator is resized with `orders` (z, y, x; 1 is linear, 0 nearest). Labels whose shares are equal
+    leave the voxel to the nearest one, or else to the smallest of them. The work for a label is limited to where
+    it can be.
     """
-    labels = np.asarray(array_zyx)
+    labels = np.asarray(array_zyx).astype(np.int16)
     if labels.shape == tuple(shape_zyx):
-        return labels.astype(np.int16)
+        return labels
+    nearest = labels
     for axis, order in enumerate(orders):
-        if order == 0 and labels.shape[axis] != shape_zyx[axis]:
-            labels = labels.take(_nearest(labels.shape[axis], shape_zyx[axis]), axis=axis)
-    result = np.zeros(shape_zyx, dtype=np.int16)
+        places = _nearest(labels.shape[axis], shape_zyx[axis])
+        nearest = nearest.take(places, axis=axis)
+        if order == 0:
+            labels = labels.take(places, axis=axis)
+    result = np.zeros(shape_zyx, np.int16)
+    best, background = np.zeros(shape_zyx, np.float32), np.ones(shape_zyx, np.float32)
     for index, box in enumerate(ndimage.find_objects(np.ascontiguousarray(labels))):
         if box is None:
             continue
         matrices, target = _restricted(labels.shape, shape_zyx, orders, box)
+        if not all(map(len, matrices)):  # it lies between the samples of a coarser grid
+            continue
         share = (labels[box] == index + 1).astype(np.float32)
         for axis in sorted(range(3), key=lambda a: matrices[a].shape[0] / matrices[a].shape[1]):
             share = _apply(matrices[axis], share, axis)
-        result[target][share >= 0.5 - _TIE] = index + 1
+        lead = share - best[target]
+        result[target][(lead > _TIE) | ((lead >= -_TIE) & (share > _TIE) & (nearest[target] == index + 1))] = index + 1
+        np.maximum(best[target], share, out=best[target])
+        background[target] -= share
+    lead = background - best
+    result[(lead > _TIE) | ((lead >= -_TIE) & (result != nearest))] = 0
     return result
 
 

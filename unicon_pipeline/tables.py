@@ -69,9 +69,10 @@ def outcome_faults(table: Table) -> list[str]:
         return [f"the column {' and '.join(absent)} is missing; prognosis needs it"]
     faults = []
     for case_id, time, event in zip(table.case_ids, table.columns["time_days"], table.columns["event"], strict=True):
-        if not isinstance(time, float) or time <= 0:
+        days = _as_number(time)
+        if days is None or days <= 0:
             faults.append(f"{case_id}: time_days is {_told(time)}, expected a number of days above 0")
-        if event not in (0.0, 1.0):
+        if _as_number(event) not in (0.0, 1.0):
             faults.append(f"{case_id}: event is {_told(event)}, expected 1 (happened) or 0 (censored)")
     return faults
 
@@ -86,11 +87,16 @@ def class_faults(table: Table) -> list[str]:
     faults = [f"{name} has no value" for name, cells in table.columns.items() if all(cell is None for cell in cells)]
     for name, cells in table.columns.items():
         for case_id, cell in zip(table.case_ids, cells, strict=True):
-            if len(table.columns) > 1 and cell not in (None, 0.0, 1.0):
+            if len(table.columns) > 1 and cell is not None and _as_number(cell) not in (0.0, 1.0):
                 faults.append(f"{case_id}: {name} is {_told(cell)}, expected 1, 0 or blank (several columns: findings)")
             elif isinstance(cell, float) and not cell.is_integer():
                 faults.append(f"{case_id}: {name} is {_told(cell)}, expected a class: a name or a whole number")
     return faults
+
+
+def _as_number(cell: Cell) -> float | None:
+    # One word makes a whole column text; its other cells are still numbers, and no fault.
+    return _number(cell) if isinstance(cell, str) else cell
 
 
 def _told(cell: Cell) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
+from types import ModuleType
 from typing import TypeVar
 
 from unicon_pipeline.errors import UniconError
@@ -26,27 +29,30 @@ def each(function: Callable, items: Sequence[Item], processes: int, *shared: obj
 
     Errors meant for people, I/O errors and lack of memory become failures; anything else is a bug and raised.
     When a process is killed, all work in flight is lost with its pool: those items are tried again, each in
-    a process of its own, so that the guilty one is known by name.
+    a process of its own, so that the guilty one is known by name. `function` must live in a module, not in a script.
     """
     if processes <= 1 or len(items) <= 1:
         for item in items:
             yield item, _attempt(function, item, shared)
         return
-    suspects = []
-    with _pool(min(processes, len(items))) as pool:
-        running = {pool.submit(_attempt, function, item, shared): item for item in items}
+    processes = min(processes, len(items))
+    with _pool(processes) as pool:
+        with _script_left_alone():
+            running = {pool.submit(_attempt, function, item, shared): item for item in items}
         try:
             for future in as_completed(running):
-                if isinstance(future.exception(), BrokenProcessPool):
-                    suspects.append(running[future])
-                else:
+                if not isinstance(future.exception(), BrokenProcessPool):
                     yield running[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for item in suspects:
-        with _pool(1) as pool:
-            yield item, _last_chance(pool.submit(_attempt, function, item, shared))
+    lost = [item for future, item in running.items() if isinstance(future.exception(), BrokenProcessPool)]
+    # Items are taken in order, and each process holds one and has at most one more waiting, or one just finished.
+    suspects = 3 * processes if len(lost) > 3 * processes + 1 else len(lost)
+    for item in lost[:suspects]:
+        yield item, _alone(function, item, shared)
+    if lost[suspects:]:
+        yield from each(function, lost[suspects:], max(2, processes), *shared)
 
 
 def usable_processes(megabytes_each: float) -> int:
@@ -72,8 +78,22 @@ def _pool(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
 
 
-def _last_chance(future: Future) -> object:
+def _alone(function: Callable, item: object, shared: tuple) -> object:
+    with _pool(1) as pool:
+        with _script_left_alone():
+            future = pool.submit(_attempt, function, item, shared)
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            return Failure(_KILLED)
+
+
+@contextmanager
+def _script_left_alone() -> Iterator[None]:
+    """Keeps new processes from running the calling script again, which a script without a main guard would not bear."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
-        return future.result()
-    except BrokenProcessPool:
-        return Failure(_KILLED)
+        yield
+    finally:
+        sys.modules["__main__"] = script

@@ -1,0 +1,439 @@
+"""Task folders, their tables and labels, cases to predict, folds."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from unicon_pipeline.dataset import (
+    Case,
+    Labels,
+    check_labels,
+    parse_channels,
+    patient_folds,
+    prediction_cases,
+    read_case,
+    read_task,
+    resolve_task,
+)
+from unicon_pipeline.errors import DatasetError
+from unicon_pipeline.geometry import Grid, write_image, write_labels
+from unicon_pipeline.label_spec import parse_labels
+from unicon_pipeline.records import from_dict, to_dict
+from unicon_pipeline.tables import read_table
+
+SHAPE = (4, 5, 6)
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+GRID = Grid(SHAPE, (3.0, 2.0, 1.0), (10.0, -20.0, 30.0), IDENTITY)
+TUMOUR = Labels(("tumour",), ((1,),), False, (1,), None)
+SURVIVAL = "case_id,time_days,event\na,10,1\nb,20,0\n"
+
+
+def touch(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def make_task(folder, cases=("a", "b"), channels=("CT", "PET"), labelled=True, tables=None, **description):
+    """Files are empty: reading a task looks at no image."""
+    for case_id in cases:
+        for number in range(len(channels)):
+            touch(folder / "imagesTr" / f"{case_id}_{number:04d}.nii.gz")
+        if labelled:
+            touch(folder / "labelsTr" / f"{case_id}.nii.gz")
+    for name, text in (tables or {}).items():
+        touch(folder / name, text)
+    described = {
+        "channel_names": {str(number): name for number, name in enumerate(channels)},
+        "labels": {"background": 0, "tumour": 1},
+        "file_ending": ".nii.gz",
+        **description,
+    }
+    touch(folder / "dataset.json", json.dumps({key: value for key, value in described.items() if value is not None}))
+    return folder
+
+
+def refused(read, *words):
+    with pytest.raises(DatasetError) as caught:
+        read()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+class TestReadTask:
+    def test_segmentation(self, tmp_path):
+        folder = make_task(tmp_path / "Dataset001_Lesion", channels=("ct", "Pet"), patients={"a": "p1", "b": 7})
+        touch(folder / "imagesTs" / "c_0000.nii.gz")
+        touch(folder / "labelsTs" / "c.nii.gz")
+        (folder / "imagesTr" / "b_0000.nii.gz").unlink()
+        for hidden in ("._a_0000.nii.gz", ".12.partial.a_0000.nii.gz"):
+            touch(folder / "imagesTr" / hidden)
+        task = read_task(folder)
+        assert (task.name, task.folder, task.task_type) == ("Dataset001_Lesion", folder, "segmentation")
+        assert (task.modalities, task.labels, task.intensity) == (("CT", "PET"), TUMOUR, {})
+        assert (task.targets, task.clinical) == (None, None)
+        images = folder / "imagesTr"
+        assert task.cases == (
+            Case(
+                "a",
+                {"CT": images / "a_0000.nii.gz", "PET": images / "a_0001.nii.gz"},
+                folder / "labelsTr" / "a.nii.gz",
+                "p1",
+            ),
+            Case("b", {"PET": images / "b_0001.nii.gz"}, folder / "labelsTr" / "b.nii.gz", "7"),
+        )
+        (held_out,) = task.held_out_cases
+        assert held_out == Case("c", {"CT": folder / "imagesTs" / "c_0000.nii.gz"}, folder / "labelsTs/c.nii.gz", "c")
+
+    def test_the_type_is_read_from_what_is_there(self, tmp_path):
+        survival = make_task(tmp_path / "A", labelled=False, tables={"targets.csv": SURVIVAL}, labels=None)
+        task = read_task(survival)
+        assert (task.task_type, task.labels) == ("prognosis", None)
+        assert task.targets.columns == {"time_days": (10.0, 20.0), "event": (1.0, 0.0)}
+        classes = {"targets.csv": "case_id,grade\na,high\nb,\n", "clinical.csv": "case_id,age,sex\na,61,F\n"}
+        task = read_task(make_task(tmp_path / "B", labelled=False, tables=classes, labels=None))
+        assert task.task_type == "classification"
+        assert task.targets.columns == {"grade": ("high", None)}
+        assert (task.clinical.case_ids, task.clinical.columns) == (("a",), {"age": (61.0,), "sex": ("F",)})
+        declared = make_task(tmp_path / "C", tables={"targets.csv": SURVIVAL}, task_type="prognosis")
+        assert read_task(declared).task_type == "prognosis"
+        assert read_task(make_task(tmp_path / "D", tables={"targets.csv": SURVIVAL})).task_type == "segmentation"
+        refused(lambda: read_task(make_task(tmp_path / "E", labelled=False)), "labelsTr/", "targets.csv")
+        refused(lambda: read_task(make_task(tmp_path / "F", task_type="detection")), "'detection'", "prognosis")
+
+    def test_everything_wrong_is_said_at_once(self, tmp_path):
+        folder = make_task(tmp_path / "A task", cases=("a", "b", "c"), patients={"b": "p", "t": "p", "x": "q"})
+        (folder / "labelsTr" / "a.nii.gz").unlink()
+        for name in ("imagesTr/d.nii.gz", "imagesTr/e_0007.nii.gz", "imagesTr/f g_0000.nii.gz", "labelsTr/h.nii.gz"):
+            touch(folder / name)
+        for name in ("imagesTs/c_0000.nii.gz", "imagesTs/t_0000.nii.gz"):
+            touch(folder / name)
+        refused(
+            lambda: read_task(folder),
+            "a task's name may hold",
+            "a has images but no labelsTr/a.nii.gz",
+            "imagesTr/d.nii.gz has no channel number; rename it to d_0000.nii.gz",
+            "imagesTr/e_0007.nii.gz is of channel 0007; dataset.json names 0000 CT, 0001 PET",
+            "imagesTr/f g_0000.nii.gz: a case's name",
+            "labelsTr/h.nii.gz has no image",
+            "c is in imagesTr and in imagesTs",
+            "patient p has cases in imagesTr and in imagesTs",
+            "cases without images: x",
+        )
+
+    def test_wrong_parts_of_dataset_json_are_listed_together(self, tmp_path):
+        folder = make_task(
+            tmp_path / "Task", channels=("T1",), file_ending="/../*", patients=["a"], intensity={"T1": "guess"},
+            labels={"background": 0, "tumour": "1"},
+        )  # fmt: skip
+        text = refused(lambda: read_task(folder), "file_ending is '/../*'", "patients must", "T1 is 'guess'", "'1'")
+        assert len(text.splitlines()) == 5
+
+    def test_no_case(self, tmp_path):
+        folder = make_task(tmp_path / "Task", cases=())
+        touch(folder / "imagesTr" / "scan.mha")
+        touch(folder / "labelsTr" / "readme.txt")
+        refused(lambda: read_task(folder), "no case found", "case1_0000.nii.gz", "scan.mha")
+
+    def test_held_out_cases_alone_are_a_task(self, tmp_path):
+        folder = make_task(tmp_path / "Task", cases=())
+        touch(folder / "imagesTs" / "c_0000.nii.gz")
+        touch(folder / "labelsTs" / "c.nii.gz")
+        task = read_task(folder)
+        assert (task.cases, [case.case_id for case in task.held_out_cases]) == ((), ["c"])
+
+    @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+    def test_foreign_json(self, tmp_path, text):
+        folder = make_task(tmp_path / "Task")
+        touch(folder / "dataset.json", text)
+        refused(lambda: read_task(folder), "dataset.json")
+
+    def test_another_modality_must_say_its_intensity(self, tmp_path):
+        refused(lambda: read_task(make_task(tmp_path / "A", channels=("CT", "T1"))), 'T1": "zscore"')
+        task = read_task(make_task(tmp_path / "B", channels=("CT", "T1"), intensity={"T1": "zscore"}))
+        assert task.intensity == {"T1": "zscore"}
+
+    @pytest.mark.parametrize(
+        "names",
+        [None, {}, ["CT"], {"CT": 0}, {"1": "CT"}, {"0": "CT", "2": "PET"}, {"0": "CT", "1": "ct"}]
+        + [{"0": "../x"}, {"0": ".."}, {"0": "a..b"}],
+    )
+    def test_channel_names(self, tmp_path, names):
+        refused(lambda: parse_channels({"channel_names": names}, tmp_path / "dataset.json"), "dataset.json", "channel")
+
+    def test_resolve(self, tmp_path):
+        named = make_task(tmp_path / "work" / "raw" / "One")
+        make_task(tmp_path / "work" / "raw" / "Two")
+        other = make_task(tmp_path / "else where" / "Three")
+        assert resolve_task("One", tmp_path / "work") == named
+        assert resolve_task(str(other), tmp_path / "work") == other
+        refused(lambda: resolve_task("Four", tmp_path / "work"), "'Four'", "One, Two")
+
+
+class TestTargets:
+    def task(self, tmp_path, targets, clinical=None, **extra):
+        tables = {"targets.csv": targets} | ({"clinical.csv": clinical} if clinical else {})
+        return lambda: read_task(make_task(tmp_path / "Task", labelled=False, tables=tables, **extra))
+
+    @pytest.mark.parametrize("word", ["", "h,soon,1\n"])
+    def test_bad_outcomes_are_listed_by_case(self, tmp_path, word):
+        rows = "a,,1\nb,nan,0\nc,-3,1\nd,0,1\ne,12,2\nf,12,\ng,13.5,1\n" + word
+        cases = tuple(line[0] for line in rows.splitlines())
+        read = self.task(tmp_path, "case_id,time_days,event\n" + rows, cases=cases, task_type="prognosis")
+        text = refused(read, "a: time_days is blank", "e: event is 2.0", "f: event is blank", "number of days above 0")
+        blamed = [line.split(":")[1].strip() for line in text.splitlines() if "targets.csv: " in line]
+        assert blamed == ["a", "b", "c", "d", "e", "f"] + (["h"] if word else [])
+
+    def test_infinite_time(self, tmp_path):
+        refused(self.task(tmp_path, SURVIVAL.replace("20", "inf")), "b: time_days is 'inf'")
+
+    def test_missing_columns_and_table(self, tmp_path):
+        refused(self.task(tmp_path, "case_id,event\na,1\nb,0\n", task_type="prognosis"), "time_days is missing")
+        (tmp_path / "Task" / "targets.csv").unlink()
+        refused(lambda: read_task(tmp_path / "Task"), "a prognosis task needs targets.csv")
+
+    def test_rows_that_do_not_match_the_images(self, tmp_path, caplog):
+        refused(self.task(tmp_path, SURVIVAL.replace("b,", "case_b,")), "no row for b", "rows without images: case_b")
+        with caplog.at_level(logging.WARNING):
+            task = self.task(tmp_path, SURVIVAL + "z,5,1\n", clinical="case_id,age\na,1\ny,2\n")()
+        assert len(task.cases) == 2
+        assert "targets.csv: rows without images: z" in caplog.text
+        assert "clinical.csv: rows without images: y" in caplog.text
+
+    def test_held_out_cases_need_no_row(self, tmp_path):
+        touch(tmp_path / "Task" / "imagesTs" / "c_0000.nii.gz")
+        assert self.task(tmp_path, SURVIVAL)().held_out_cases[0].case_id == "c"
+
+    @pytest.mark.parametrize(
+        "text,words",
+        [
+            ("case_id\na\nb\n", "classification needs one"),
+            ("case_id,x\na,\nb,\n", "x has no value"),
+            ("case_id,x\na,0.5\nb,1\n", "a: x is 0.5"),
+            ("case_id,x,y\na,1,0\nb,2,\n", "b: x is 2.0"),
+            ("case_id,x,y\na,1,yes\nb,0,1\n", "a: y is 'yes'"),
+        ],
+    )
+    def test_bad_classes(self, tmp_path, text, words):
+        assert len(refused(self.task(tmp_path, text), words).splitlines()) == 2
+
+    @pytest.mark.parametrize(
+        "text,columns",
+        [
+            ("case_id,x\na,3\nb,\n", {"x": (3.0, None)}),
+            ("case_id,x\na,low\nb,2\n", {"x": ("low", "2")}),
+            ("case_id,x,y\na,1,NA\nb,0,1\n", {"x": (1.0, 0.0), "y": (None, 1.0)}),
+        ],
+    )
+    def test_good_classes(self, tmp_path, text, columns):
+        task = self.task(tmp_path, text)()
+        assert (task.task_type, task.targets.columns) == ("classification", columns)
+
+
+class TestReadTable:
+    def test_what_spreadsheets_write(self, tmp_path):
+        path = tmp_path / "t.csv"
+        path.write_bytes('\ufeffcase_id , age,"site"\r\na, 61.5 ,"thigh, left"\r\n\r\nb,N/A,nan\r\n'.encode())
+        table = read_table(path)
+        assert table.case_ids == ("a", "b")
+        assert table.columns == {"age": (61.5, None), "site": ("thigh, left", None)}
+
+    @pytest.mark.parametrize(
+        "text,words",
+        [
+            ("", ("no column case_id", "nothing")),
+            ("id,x\na,1\n", ("no column case_id", "id, x")),
+            ("case_id;x\na;1\n", ("semicolons",)),
+            ("case_id,x,x\na,1,2\n", ("column x occurs more than once",)),
+            ("case_id,x\na,1\nb\nc,1,2\n", ("row 3: 1 cells", "row 4: 3 cells")),
+            ("case_id,x\n,1\na,2\nb,3\na,4\n", ("row 2: no case_id", "row 3: a occurs 2 times", "row 5: a occurs 2")),
+        ],
+    )
+    def test_faults_name_the_rows(self, tmp_path, text, words):
+        refused(lambda: read_table(touch(tmp_path / "t.csv", text)), "t.csv", *words)
+
+    def test_another_encoding(self, tmp_path):
+        (tmp_path / "t.csv").write_bytes("case_id,x\na,ü\n".encode("latin-1"))
+        refused(lambda: read_table(tmp_path / "t.csv"), "UTF-8")
+
+
+class TestLabels:
+    def parse(self, labels, **extra):
+        return parse_labels({"labels": labels, **extra}, "dataset.json")
+
+    def test_exclusive(self):
+        labels = self.parse({"background": 0, "liver": 1, "spleen": 5, "ignore": 7})
+        assert labels == Labels(("liver", "spleen"), ((1,), (5,)), False, (1, 5), 7)
+        assert labels.output_channels == 3
+        assert from_dict(Labels, to_dict(labels), "here") == labels
+
+    def test_regions(self):
+        named = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+        labels = self.parse(named, regions_class_order=[1, 2, 3])
+        assert labels == Labels(("whole", "core", "enhancing"), ((1, 2, 3), (2, 3), (3,)), True, (1, 2, 3), 4)
+        assert labels.output_channels == 3
+
+    @pytest.mark.parametrize(
+        "named,order,words",
+        [
+            (None, None, "needs labels"),
+            ({"background": 0}, None, "nothing but the background"),
+            ({"background": 1, "x": 0}, None, "background must"),
+            ({"background": 0, "x": 1.0}, None, "whole number"),
+            ({"background": 0, "x": True}, None, "whole number"),
+            ({"background": 0, "x": -1}, None, "whole number"),
+            ({"background": 0, "x": 40_000}, None, "whole number"),
+            ({"background": 0, "x": []}, None, "whole number"),
+            ({"0": "background", "1": "x"}, None, "nnU-Net version 2"),
+            ({"background": 0, "x": 1, "y": 1}, None, "share a value"),
+            ({"background": 0, "x": 1, "ignore": 1}, None, "ignore must"),
+            ({"background": 0, "x": 1, "ignore": [2, 3]}, None, "ignore must"),
+            ({"background": 0, "x": [0, 1]}, [1], "0 is the background"),
+            ({"background": 0, "x": [1, 2], "y": [2]}, None, "regions_class_order"),
+            ({"background": 0, "x": [1, 2], "y": [2]}, [1], "regions_class_order"),
+            ({"background": 0, "x": [1, 2], "y": [2]}, [1, 9], "regions_class_order"),
+        ],
+    )
+    def test_refused(self, named, order, words):
+        refused(lambda: self.parse(named, regions_class_order=order), "dataset.json", words)
+
+
+class TestPredictionCases:
+    NAMES = {0: "CT", 1: "PET"}
+
+    def cases(self, source, names=None):
+        return {
+            case.case_id: {modality: path.name for modality, path in case.images.items()}
+            for case in prediction_cases(source, names or self.NAMES, ".nii.gz")
+        }
+
+    def test_a_folder(self, tmp_path):
+        folder = tmp_path / "with a space"
+        for name in ("b_0001.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz", "plain.nii.gz", "._a_0000.nii.gz", "x.csv"):
+            touch(folder / name)
+        assert self.cases(folder) == {
+            "a": {"CT": "a_0000.nii.gz", "PET": "a_0001.nii.gz"},
+            "b": {"PET": "b_0001.nii.gz"},
+            "plain": {"CT": "plain.nii.gz"},
+        }
+        (case, *_) = prediction_cases(folder, self.NAMES, ".nii.gz")
+        assert (case.labels, case.patient) == (None, "a")
+
+    def test_one_file(self, tmp_path):
+        for name in ("a_0001.nii.gz", "a_0000.nii.gz", "scan.mha"):
+            touch(tmp_path / name)
+        assert self.cases(tmp_path / "a_0001.nii.gz") == {"a": {"PET": "a_0001.nii.gz"}}
+        assert self.cases(tmp_path / "scan.mha") == {"scan": {"CT": "scan.mha"}}
+
+    @pytest.mark.parametrize("place", ["", "imagesTs"])
+    def test_names_beside_the_images_win(self, tmp_path, place):
+        touch(tmp_path / place / "a_0000.nii.gz")
+        touch(tmp_path / "dataset.json", '{"channel_names": {"0": "pet"}}')
+        assert self.cases(tmp_path / place) == {"a": {"PET": "a_0000.nii.gz"}}
+
+    def test_nothing_there(self, tmp_path):
+        touch(tmp_path / "scan.dcm")
+        refused(lambda: self.cases(tmp_path), "case1_0000.nii.gz", "scan.dcm")
+        refused(lambda: self.cases(tmp_path / "scan.dcm"), "case1_0000.nii.gz")
+        refused(lambda: self.cases(tmp_path / "nowhere"), "does not exist")
+
+    def test_unknown_channels(self, tmp_path, caplog):
+        touch(tmp_path / "a_0002.nii.gz")
+        refused(lambda: self.cases(tmp_path), "0002", "0000 CT, 0001 PET", "channel_names")
+        touch(tmp_path / "b_0000.nii.gz")
+        with caplog.at_level(logging.WARNING):
+            assert self.cases(tmp_path) == {"b": {"CT": "b_0000.nii.gz"}}
+        assert "0002" in caplog.text
+
+    def test_two_files_for_one_channel(self, tmp_path):
+        touch(tmp_path / "a.nii.gz")
+        touch(tmp_path / "a_0000.nii.gz")
+        refused(lambda: self.cases(tmp_path), "both channel 0000 of a")
+
+
+class TestReadCase:
+    PET_GRID = Grid((3, 3, 4), (3.0, 4.0, 2.0), (10.0, -20.0, 30.0), IDENTITY)
+
+    def case(self, tmp_path, images):
+        paths = {}
+        for modality, (array, grid) in images.items():
+            paths[modality] = tmp_path / f"{modality}.nii.gz"
+            write_image(paths[modality], array, grid)
+        return Case("a", paths, None, "a")
+
+    def test_each_comes_to_the_grid_of_the_first(self, tmp_path):
+        pet = np.full((3, 3, 4), 5.0)
+        volumes = read_case(self.case(tmp_path, {"CT": (np.zeros(SHAPE), GRID), "PET": (pet, self.PET_GRID)}))
+        assert list(volumes) == ["CT", "PET"]
+        assert volumes["PET"].grid == volumes["CT"].grid == GRID
+        # The PET ends one slice before the CT: no uptake is known there.
+        assert (volumes["PET"].array_zyx[:3] == 5.0).all() and (volumes["PET"].array_zyx[3] == 0.0).all()
+
+    def test_air_fills_a_ct(self, tmp_path):
+        ct = np.full((3, 3, 4), 40.0)
+        volumes = read_case(self.case(tmp_path, {"PET": (np.zeros(SHAPE), GRID), "CT": (ct, self.PET_GRID)}))
+        assert (volumes["CT"].array_zyx[3] == -1024.0).all()
+
+    def test_another_patient(self, tmp_path):
+        far = Grid((3, 3, 3), (3.0, 4.0, 2.0), (10.0, -20.0, 900.0), IDENTITY)
+        case = self.case(tmp_path, {"CT": (np.zeros(SHAPE), GRID), "PET": (np.zeros((3, 3, 3)), far)})
+        refused(lambda: read_case(case), "PET.nii.gz", "do not overlap")
+
+
+class TestCheckLabels:
+    def case(self, tmp_path, array, grid=GRID):
+        write_labels(tmp_path / "labels.nii.gz", array, grid)
+        return Case("a", {"CT": tmp_path / "a_0000.nii.gz"}, tmp_path / "labels.nii.gz", "a")
+
+    def test_known_values(self, tmp_path):
+        array = np.random.default_rng(0).choice([0, 1, 3], SHAPE)
+        labels = Labels(("tumour",), ((1,),), False, (1,), 3)
+        volume = check_labels(self.case(tmp_path, array), GRID, labels)
+        assert volume.array_zyx.dtype == np.int16
+        np.testing.assert_array_equal(volume.array_zyx, array)
+        refused(lambda: check_labels(self.case(tmp_path, array), GRID, TUMOUR), "[3]", "[0, 1]", "labels.nii.gz")
+
+    def test_rounding_passes_one_voxel_does_not(self, tmp_path):
+        for shift, passes in ((1e-6, True), (1.0, False)):
+            grid = Grid(SHAPE, GRID.spacing_zyx_mm, (10.0 + shift, -20.0, 30.0), IDENTITY)
+            case = self.case(tmp_path, np.ones(SHAPE, int), grid)
+            if passes:
+                check_labels(case, GRID, TUMOUR)
+            else:
+                refused(lambda case=case: check_labels(case, GRID, TUMOUR), "labels.nii.gz", "a_0000.nii.gz", "1 mm")
+
+    def test_another_shape(self, tmp_path):
+        grid = Grid((4, 5, 7), GRID.spacing_zyx_mm, GRID.origin_xyz_mm, IDENTITY)
+        case = self.case(tmp_path, np.ones((4, 5, 7), int), grid)
+        refused(lambda: check_labels(case, GRID, TUMOUR), "(4, 5, 7)", "(4, 5, 6)", "a_0000.nii.gz")
+
+    def test_none(self):
+        refused(lambda: check_labels(Case("a", {}, None, "a"), GRID, TUMOUR), "a has no label file")
+
+
+class TestFolds:
+    def task(self, tmp_path, cases, patients=None):
+        return read_task(make_task(tmp_path / "Task", cases=cases, channels=("CT",), patients=patients or {}))
+
+    def test_each_case_is_validated_once_and_no_patient_is_split(self, tmp_path):
+        cases = [f"c{n:02d}" for n in range(23)]
+        patients = {case: f"p{n % 9}" for n, case in enumerate(cases)}
+        task = self.task(tmp_path, cases, patients)
+        folds = patient_folds(task)
+        assert sorted(case for fold in folds for case in fold) == cases
+        owners = [{patients[case] for case in fold} for fold in folds]
+        assert sorted(len(patients_of_fold) for patients_of_fold in owners) == [1, 2, 2, 2, 2]
+        assert sum(map(len, owners)) == 9
+
+    def test_as_many_as_patients_allow(self, tmp_path):
+        task = self.task(tmp_path, ("a", "b", "c", "d"), {"a": "p", "b": "p"})
+        assert len(patient_folds(task)) == 3
+        assert len(patient_folds(task, k=2)) == 2
+
+    def test_the_seed_decides(self, tmp_path):
+        task = self.task(tmp_path, [f"c{n:02d}" for n in range(20)])
+        assert patient_folds(task, seed=3) == patient_folds(task, seed=3)
+        assert patient_folds(task, seed=3) != patient_folds(task, seed=4)
