@@ -7,7 +7,15 @@ import pytest
 
 from unicon_pipeline.dataset import read_task
 from unicon_pipeline.errors import DatasetError
-from unicon_pipeline.fingerprint import Fingerprint, fingerprint_case, fingerprint_task, is_current
+from unicon_pipeline.fingerprint import (
+    SAMPLES_PER_CASE,
+    Fingerprint,
+    _chosen_voxels,
+    _statistics,
+    fingerprint_case,
+    fingerprint_task,
+    is_current,
+)
 from unicon_pipeline.geometry import Grid, Volume, orient, write_image, write_labels
 from unicon_pipeline.records import read_record, sha256_file, write_record
 
@@ -144,3 +152,18 @@ def test_whether_it_is_current(folder):
     assert not is_current(found, read_task(folder), "LPS")
     write_case(folder, "case0", seed=5)
     assert not is_current(found, task, "LPS")
+
+
+def test_percentiles_are_those_of_numpy():
+    found = _statistics(np.arange(100_000, dtype=np.float32))
+    expected = np.percentile(np.arange(100_000), (0.5, 99.5))
+    assert (found.percentile_00_5, found.percentile_99_5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [30_000, 2_000_000])
+def test_a_large_foreground_is_sampled_without_repetition(size):
+    mask = np.arange(size) % 2 == 0
+    chosen = _chosen_voxels(mask, np.random.default_rng(1))
+    assert len(np.unique(chosen)) == len(chosen) == SAMPLES_PER_CASE
+    assert mask[chosen].all()
+    assert np.array_equal(chosen, _chosen_voxels(mask, np.random.default_rng(1)))

@@ -149,3 +149,16 @@ class TestBodyBox:
     def test_images_on_different_grids_are_refused(self):
         with pytest.raises(DatasetError, match="share one grid"):
             body_box({"CT": volume(np.zeros((4, 5, 6))), "PET": volume(np.zeros((4, 5, 7)))})
+
+
+def test_fat_and_the_border_of_the_lung_are_body():
+    ct = np.full((20, 20, 20), -1000, np.float32)
+    ct[8:12, 5:15, 5:15] = -500
+    assert body_box({"CT": volume(ct)}) == (slice(5, 15), slice(2, 18), slice(2, 18))
+
+
+def test_low_activity_in_bq_is_no_suv():
+    pet = np.random.default_rng(0).gamma(2, 100, (16, 16, 16)).astype(np.float32)
+    assert pet.max() < 10_000
+    with pytest.raises(DatasetError, match="not SUV"):
+        check_units(pet, "PET", "p.nii.gz")

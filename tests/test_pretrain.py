@@ -45,5 +45,5 @@ def test_names_instead_of_zero_and_one_are_refused(task, tmp_path):
     ids = [line.split(",")[0] for line in (copy / "targets.csv").read_text().splitlines()[1:]]
     rows = [f"{case_id},{'benign' if number % 2 else 'malignant'}" for number, case_id in enumerate(ids)]
     (copy / "targets.csv").write_text("\n".join(["case_id,kind", *rows]))
-    with pytest.raises(DatasetError, match=r"targets\.csv: column kind holds benign, malignant; .*expects 0, 1 or blank"):
+    with pytest.raises(DatasetError, match=r"column kind holds benign, malignant; .*expects 0, 1 or blank"):
         finding_targets(read_task(copy))

@@ -167,8 +167,9 @@ class _Extension:
 
     def run(self, resume: bool) -> ExtendResult:
         result = self._train(resume)
-        self.model.eval().cpu()
+        self.model.eval()
         validation = self._validate()
+        self.model.cpu()
         plan = TaskPlan(self.planned.plan, self.extension)
         entry = self.folder.add_task(plan, self.model, self._card(result, validation))
         self._checkpoint.unlink(missing_ok=True)
@@ -208,7 +209,8 @@ class _Extension:
         """Dice of the held-out cases on the planned grid, by sliding window; mean over outputs, then cases."""
         if not self.extension.validation_cases:
             return None
-        plan, model, loss = self.planned.plan, self.model.merged().to(self.device), self.loss
+        plan, model = self.planned.plan, self.model.merged()
+        counter = SegmentationLoss(plan.labels)
         air = tuple(normalised_air(plan.intensity[name], name) for name in plan.modalities)
         scores = {}
         for case_id in self.extension.validation_cases:
@@ -217,8 +219,8 @@ class _Extension:
             logits = sliding_window_logits(
                 model, case.array[:], present, air, plan.patch_shape_zyx, self.device, self.precision
             )
-            counts = loss.cpu().overlap(logits[None], torch.from_numpy(case.labels[:].astype("int64")))
-            scores[case_id] = dice_of_counts(counts)
+            labels = torch.from_numpy(case.labels[:].astype("int64"))
+            scores[case_id] = dice_of_counts(counter.overlap(logits[None], labels))
             logger.info("validation %s: Dice %.3f", case_id, scores[case_id])
         cases = {case_id: finite_or_none(score) for case_id, score in scores.items()}
         return {"metric": "Dice", **to_dict(summarise(list(scores.values()))), "cases": cases}

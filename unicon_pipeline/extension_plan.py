@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unicon_pipeline.contract import ZYX, FoundationSpec
@@ -15,6 +16,8 @@ STEPS_PER_EPOCH = 50
 DEFAULT_EPOCHS = 250
 _STEM_FEATURES = (16, 32, 64)
 _RANK, _ALPHA = 8, 16.0
+_SUPERVISED_LEVELS = 3
+_DROPOUT = 0.3
 
 
 @dataclass(frozen=True)
@@ -114,35 +117,21 @@ def plan_extension(
     unknown = [name for name in plan.modalities if name not in spec.input.modalities]
     new = tuple(_new_stem(name, spec) for name in unknown if name not in known_stems)
     reused = tuple(known_stems[name] for name in unknown if name in known_stems)
-    dropout = 0.3 if len(plan.modalities) > 1 else 0.0
-    head = HeadPlan("unet", plan.labels.output_channels, {"supervised_levels": 3})
-    decisions = (
-        *(Decision(f"stem {s.modality}", "new", f"the model has never met {s.modality}; gated at zero") for s in new),
-        *(Decision(f"stem {s.modality}", "reused, frozen", "an earlier task brought it") for s in reused),
-        Decision(
-            "adapter", f"rank {_RANK}, alpha {_ALPHA:g}", "every convolution, and norm scales: UNICON's rank for "
-            "segmentation; the foundation itself stays frozen",
-        ),
-        Decision(
-            "head", f"U-Net decoder, {head.output_channels} channels", "regions overlap: one sigmoid each"
-            if plan.labels.regions else "exclusive labels: softmax with background",
-        ),
-        Decision("loss", "Dice + cross-entropy", "nnU-Net's, with deep supervision at 3 levels"),
-        *_training_decisions(schedule, dropout, training, validation, fold),
-    )  # fmt: skip
-    return ExtensionPlan(
+    extension = ExtensionPlan(
         task=plan.task,
         modalities=plan.modalities,
         new_stems=new,
         reused_stems=reused,
         adapter=AdapterPlan("low_rank", _RANK, _ALPHA),
-        head=head,
-        schedule=dataclasses.replace(schedule, modality_dropout=dropout),
+        head=HeadPlan("unet", plan.labels.output_channels, {"supervised_levels": _SUPERVISED_LEVELS}),
+        schedule=dataclasses.replace(schedule, modality_dropout=_DROPOUT if len(plan.modalities) > 1 else 0.0),
         training_cases=training,
         validation_cases=tuple(case for case in stored_cases if case in validation),
         seed=seed,
-        decisions=decisions,
+        decisions=(),
     )
+    decisions = (*_part_decisions(extension, plan.labels.regions), *_training_decisions(extension, fold))
+    return dataclasses.replace(extension, decisions=decisions)
 
 
 def schedule_for(minutes: float | None, epochs: int | None) -> Schedule:
@@ -185,15 +174,26 @@ def _new_stem(modality: str, spec: FoundationSpec) -> StemPlan:
     return StemPlan(modality, "residual_stem", tuple(strides[:depth]), features[: len(strides)])
 
 
-def _training_decisions(
-    schedule: Schedule, dropout: float, training: tuple[str, ...], validation: frozenset[str], fold: int | str
-) -> tuple[Decision, ...]:
+def _part_decisions(extension: ExtensionPlan, regions: bool) -> Iterator[Decision]:
+    for stem in extension.new_stems:
+        yield Decision(f"stem {stem.modality}", "new", f"the model has never met {stem.modality}; gated at zero")
+    for stem in extension.reused_stems:
+        yield Decision(f"stem {stem.modality}", "reused, frozen", "an earlier task brought it")
+    where = "every convolution, and norm scales: UNICON's rank for segmentation; the foundation itself stays frozen"
+    yield Decision("adapter", f"rank {extension.adapter.rank}, alpha {extension.adapter.alpha:g}", where)
+    kind = "regions overlap: one sigmoid each" if regions else "exclusive labels: softmax with background"
+    yield Decision("head", f"U-Net decoder, {extension.head.output_channels} channels", kind)
+    yield Decision("loss", "Dice + cross-entropy", f"nnU-Net's, supervised at {_SUPERVISED_LEVELS} levels")
+
+
+def _training_decisions(extension: ExtensionPlan, fold: int | str) -> Iterator[Decision]:
+    schedule = extension.schedule
     length = f"{schedule.minutes:g} minutes" if schedule.minutes else f"{schedule.steps // STEPS_PER_EPOCH} epochs"
-    rows = [Decision("training", length, f"AdamW {schedule.learning_rate:g}, the rate falls to zero at the end")]
-    if dropout:
+    yield Decision("training", length, f"AdamW {schedule.learning_rate:g}, the rate falls to zero at the end")
+    if schedule.modality_dropout:
         reason = "each case also trains with fewer modalities, so any subset is a valid input"
-        rows.append(Decision("modality dropout", f"{dropout:g}", reason))
-    held = f"{len(validation)} held out (fold {fold})" if validation else "none held out"
-    reason = "validated after training" if validation else "every case trains; judge on cases of another folder"
-    rows.append(Decision("cases", f"{len(training)}, {held}", reason))
-    return tuple(rows)
+        yield Decision("modality dropout", f"{schedule.modality_dropout:g}", reason)
+    held_out = extension.validation_cases
+    held = f"{len(held_out)} held out (fold {fold})" if held_out else "none held out"
+    reason = "validated after training" if held_out else "every case trains; judge on cases that are kept elsewhere"
+    yield Decision("cases", f"{len(extension.training_cases)}, {held}", reason)

@@ -99,10 +99,9 @@ class SegmentationLoss(nn.Module):
         if self.regions:
             decided = logits > 0
         else:
-            decided = logits.argmax(dim=1, keepdim=True) == torch.arange(
-                logits.shape[1], device=logits.device
-            ).view(1, -1, 1, 1, 1)
-            wanted, decided = wanted[:, 1:], decided[:, 1:]
+            # Not argmax: over channels it takes a sixth of a training step on a CPU. Ties count for background.
+            largest = logits.amax(dim=1, keepdim=True)
+            wanted, decided = wanted[:, 1:], (logits[:, 1:] == largest) & (logits[:, :1] < largest)
         annotated = self.annotated[index].unsqueeze(1) > 0
         wanted, decided = wanted & annotated, decided & annotated
         axes = (0, 2, 3, 4)

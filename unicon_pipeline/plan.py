@@ -288,8 +288,8 @@ def _volume_view(
         spacing, reason = _target_spacing(fingerprint)
         while math.prod(shape_at(spacing)) > budget and shape_at(spacing) != tuple(divisors):
             spacing, reason = _coarsened(spacing), ""
-        limit = "a CPU trains in reasonable time" if on_cpu else "fits the memory"
-        reason = reason or f"the finest in 3 % steps at which the field of view {limit}"
+        limit = "a CPU trains the field of view in reasonable time" if on_cpu else "the field of view fits the memory"
+        reason = reason or f"the finest in 3 % steps at which {limit}"
     field_of_view = " x ".join(f"{side:.0f}" for side in field)
     shape_reason = wishes.shape_reason if wishes.shape else f"holds the median field of view, {field_of_view} mm"
     shape, median = wishes.shape or shape_at(spacing), _median_shape(fingerprint, spacing)
