@@ -12,7 +12,7 @@ from unicon_pipeline.dataset import Case, Task
 from unicon_pipeline.errors import PlanError
 from unicon_pipeline.fingerprint import CaseFingerprint, ChannelStatistics, Fingerprint
 from unicon_pipeline.label_spec import Labels
-from unicon_pipeline.plan import DataPlan, contract_digest, format_plan, plan_task
+from unicon_pipeline.plan import DataPlan, _patch, contract_digest, format_plan, plan_task
 from unicon_pipeline.records import read_record, write_record
 from unicon_pipeline.tables import Table
 
@@ -250,3 +250,8 @@ class TestRecord:
         assert "left out: case019" in table
         assert all(len(line) <= 120 for line in table.splitlines())
         assert all(decision.reason for decision in found.decisions)
+
+
+def test_a_tiny_image_still_leaves_two_positions_for_the_coarsest_norm():
+    assert _patch((1.0, 1.0, 1.0), (12, 14, 10), 1e9, (16, 16, 16)) == (16, 16, 32)
+    assert _patch((1.0, 1.0, 1.0), (12, 14, 40), 1.0, (16, 16, 16)) == (16, 16, 32)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ class Outer:
     table: dict[str, float]
     perhaps: Inner | None = None
     flag: bool = False
-    free: dict = field(default_factory=dict)
+    free: dict[str, Any] = field(default_factory=dict)
     schema_version: int = 2
 
 

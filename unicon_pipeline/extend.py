@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from unicon_pipeline.extension_plan import (
 )
 from unicon_pipeline.fingerprint import Fingerprint
 from unicon_pipeline.intensity import normalised_air
-from unicon_pipeline.loader import PatchLoader
+from unicon_pipeline.loader import PatchLoader, usual_workers
 from unicon_pipeline.losses import SegmentationLoss, dice_of_counts
 from unicon_pipeline.metrics import finite_or_none, format_summary, summarise
 from unicon_pipeline.model import build_task_model
@@ -193,9 +192,8 @@ class _Extension:
         )
         first_step = trainer.resume() if resume else 0
         self.model.train()
-        workers = max(1, min(4, (os.cpu_count() or 2) - 1))
         with PatchLoader(
-            self.planned.cases, extension.training_cases, plan, plan.batch_size, extension.seed, workers,
+            self.planned.cases, extension.training_cases, plan, plan.batch_size, extension.seed, usual_workers(),
             first_step=first_step,
         ) as batches:  # fmt: skip
             return trainer.run(batches)

@@ -7,6 +7,7 @@ What it declares in its `FoundationSpec` is all that stems, heads and planner kn
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
@@ -62,20 +63,11 @@ class ResidualEncoderFoundation(Foundation):
         super().__init__()
         self.spec = spec
         arguments = spec.arch_kwargs
-        self.encoder = ResidualEncoder(
-            input_channels=len(spec.input.modalities),
-            n_stages=len(arguments["features_per_stage"]),
-            features_per_stage=list(arguments["features_per_stage"]),
-            conv_op=nn.Conv3d,
-            kernel_sizes=3,
-            strides=[list(stride) for stride in arguments["strides"]],
-            n_blocks_per_stage=list(arguments["blocks_per_stage"]),
-            conv_bias=True,
-            norm_op=nn.InstanceNorm3d,
-            norm_op_kwargs={"eps": 1e-5, "affine": True},
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
-            return_skips=True,
+        self.encoder = residual_encoder(
+            len(spec.input.modalities),
+            arguments["features_per_stage"],
+            arguments["strides"],
+            arguments["blocks_per_stage"],
         )
 
     def project(self, native_bczyx: Tensor) -> Tensor:
@@ -87,6 +79,27 @@ class ResidualEncoderFoundation(Foundation):
             projected = stage(projected)
             pyramid.append(projected)
         return pyramid
+
+
+def residual_encoder(
+    input_channels: int, features: Sequence[int], strides: Sequence[Sequence[int]], blocks: Sequence[int]
+) -> ResidualEncoder:
+    """3-D residual encoder with instance norm that returns the map of every stage; `strides` z, y, x per stage."""
+    return ResidualEncoder(
+        input_channels=input_channels,
+        n_stages=len(features),
+        features_per_stage=list(features),
+        conv_op=nn.Conv3d,
+        kernel_sizes=3,
+        strides=[list(stride) for stride in strides],
+        n_blocks_per_stage=list(blocks),
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        return_skips=True,
+    )
 
 
 def build_foundation(spec: FoundationSpec) -> Foundation:

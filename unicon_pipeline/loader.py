@@ -308,6 +308,11 @@ def _read(stored: Any, start_zyx: np.ndarray, stop_zyx: np.ndarray, fill: Sequen
     return box
 
 
+def usual_workers() -> int:
+    """Processes for a training run: one core is left to the network, and more than 4 are seldom waited for."""
+    return max(1, min(4, (os.cpu_count() or 2) - 1))
+
+
 def _as_tensors(arrays: dict[str, Any]) -> dict[str, Any]:
     import torch  # not at the top: see the module's docstring
 

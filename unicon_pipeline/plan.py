@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,8 +235,13 @@ def _patch(spacing: SpacingZYX, median: ZYX, fits: float, divisors: ZYX) -> ZYX:
             break
         axis = max(shrinkable, key=lambda a: patch[a] / median[a])
         patch[axis] -= divisors[axis]
-    z, y, x = patch
-    return z, y, x
+    return _two_positions(patch, divisors)
+
+
+def _two_positions(shape: Sequence[int], divisors: ZYX) -> ZYX:
+    """The shape, doubled along x if its coarsest feature map had a single position, over which no norm is defined."""
+    z, y, x = shape
+    return (z, y, 2 * x) if tuple(shape) == tuple(divisors) else (z, y, x)
 
 
 def _coarsened(spacing: SpacingZYX) -> SpacingZYX:
@@ -292,7 +297,7 @@ def _volume_view(
         reason = reason or f"the finest in 3 % steps at which {limit}"
     field_of_view = " x ".join(f"{side:.0f}" for side in field)
     shape_reason = wishes.shape_reason if wishes.shape else f"holds the median field of view, {field_of_view} mm"
-    shape, median = wishes.shape or shape_at(spacing), _median_shape(fingerprint, spacing)
+    shape, median = wishes.shape or _two_positions(shape_at(spacing), divisors), _median_shape(fingerprint, spacing)
     return _Geometry(spacing, reason, shape, shape_reason, median)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.extension_plan import Schedule, schedule_for
 from unicon_pipeline.foundation import Foundation, build_foundation, new_residual_encoder_spec
 from unicon_pipeline.heads import Features, PooledLinearHead, skip_levels
-from unicon_pipeline.loader import VolumeLoader
+from unicon_pipeline.loader import VolumeLoader, usual_workers
 from unicon_pipeline.losses import MultiLabelLoss
 from unicon_pipeline.metrics import area_under_curve, bootstrap_statistic
 from unicon_pipeline.model_folder import create_model
@@ -141,9 +140,8 @@ def _train(
     )  # fmt: skip
     first_step = trainer.resume()
     classifier.train()
-    workers = max(1, min(4, (os.cpu_count() or 2) - 1))
     with VolumeLoader(
-        folder / "cases", training, plan, plan.batch_size, seed, workers, first_step=first_step, targets=targets
+        folder / "cases", training, plan, plan.batch_size, seed, usual_workers(), first_step=first_step, targets=targets
     ) as batches:
         result = trainer.run(batches)
     trainer.checkpoint.unlink(missing_ok=True)

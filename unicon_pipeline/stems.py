@@ -9,10 +9,10 @@ alone would hide the new modality from a decoder.
 from __future__ import annotations
 
 import torch
-from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 
 from unicon_pipeline.contract import ZYX, FeatureLevel
+from unicon_pipeline.foundation import residual_encoder
 from unicon_pipeline.registry import Registry
 
 STEMS: Registry[type[nn.Module]] = Registry("stem")
@@ -32,21 +32,7 @@ class ResidualStem(nn.Module):
             steps.append(tuple(c // f for c, f in zip(coarser, finer, strict=True)))
         self.levels = tuple(FeatureLevel(s, c, 3 * c) for s, c in zip(strides_zyx, features, strict=True))
         self._projection_level = strides_zyx.index(projection.stride_zyx)
-        self.encoder = ResidualEncoder(
-            input_channels=1,
-            n_stages=len(features),
-            features_per_stage=list(features),
-            conv_op=nn.Conv3d,
-            kernel_sizes=3,
-            strides=[list(step) for step in steps],
-            n_blocks_per_stage=1,
-            conv_bias=True,
-            norm_op=nn.InstanceNorm3d,
-            norm_op_kwargs={"eps": 1e-5, "affine": True},
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
-            return_skips=True,
-        )
+        self.encoder = residual_encoder(1, features, steps, [1] * len(features))
         self.to_projection = nn.Conv3d(features[self._projection_level], projection.channels, 1)
         self.gate = nn.Parameter(torch.zeros(projection.channels))
 
