@@ -196,8 +196,8 @@ class TestContractAndWishes:
             plan(*ISOTROPIC, **wish)
 
     def test_too_little_memory_says_how_much_is_needed_and_what_to_do(self):
-        # The smallest patch is 32 x 64 x 64: 131 072 of 500 000 voxels a GB.
-        foundation = spec(divisible_by_zyx=(32, 64, 64))
+        # The smallest patch is 32 x 64 x 64 (two positions of the coarsest map): 131 072 of 500 000 voxels a GB.
+        foundation = spec(divisible_by_zyx=(32, 64, 32))
         assert plan(*ISOTROPIC, foundation=foundation, memory=0.27).patch_shape_zyx == (32, 64, 64)
         with pytest.raises(PlanError, match=r"needs about 0\.262 GB, and 0\.2 GB were allowed. Allow more memory"):
             plan(*ISOTROPIC, foundation=foundation, memory=0.2)
