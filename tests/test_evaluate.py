@@ -288,3 +288,18 @@ def test_the_table(four):
     assert len(lines) == 5 and max(map(len, lines)) <= 120
     one = evaluate(task, predictions, case_ids=["case_2"])
     assert "(n/a)" in format_evaluation(one)
+
+
+def test_another_grid_is_refused_or_on_request_resampled_to_the_nearest_voxel(tmp_path):
+    task = make_task(tmp_path / "Dataset001_Lesion", {"case_0": TUMOUR})
+    coarse = tmp_path / "out" / "case_0.nii.gz"
+    # Every voxel split in two along each axis: the same mask on a finer grid, so nothing may be lost.
+    fine = TUMOUR.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    spacing = tuple(step / 2 for step in SPACING)
+    origin = tuple(o - s / 2 for o, s in zip((-10.0, 20.0, 30.0), spacing[::-1]))
+    save(coarse, fine, spacing, origin)
+    with pytest.raises(PredictionError, match="not on the grid of its reference.*evaluate with --resample"):
+        evaluate(task, tmp_path / "out")
+    result = evaluate(task, tmp_path / "out", resample=True)
+    assert result.overall["dice"].mean == 1.0 and result.resampled
+    assert "brought onto" in format_evaluation(result)

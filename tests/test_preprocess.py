@@ -18,7 +18,7 @@ from unicon_pipeline.label_spec import Labels
 from unicon_pipeline.phantoms import make_phantom, write_phantom_task
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.preprocess import plan_and_preprocess, prepare_case
-from unicon_pipeline.store import open_case, read_meta, stored_case_ids
+from unicon_pipeline.store import open_case, read_meta, stored_case_ids, write_case
 
 SMALL = {"shape_zyx": (20, 32, 32), "spacing_zyx_mm": (10.0, 9.0, 9.0)}
 LABELS = Labels(("low", "high"), ((1,), (2,)), False, (1, 2), None)
@@ -189,7 +189,7 @@ def raw(tmp_path):
 @pytest.fixture
 def run(raw, tmp_path, foundation):
     def again(**wishes):
-        return plan_and_preprocess(raw, tmp_path / "work", foundation, processes=1, **wishes)
+        return plan_and_preprocess(raw, tmp_path / "work", foundation, **({"processes": 1} | wishes))
 
     return again
 
@@ -291,3 +291,41 @@ class TestRuns:
         (raw / "labelsTr" / "phantom_0001.nii.gz").write_bytes(b"no labels")
         assert list(preprocess.preprocess_task(read_task(raw), made, cases, 1)) == ["phantom_0001"]
         assert stored_case_ids(cases) == ("phantom_0002", "phantom_0003")
+
+    def test_an_interrupted_run_leaves_no_half_file_and_goes_on(self, run, tmp_path, monkeypatch):
+        cases = tmp_path / "work" / "preprocessed" / "Task" / "cases"
+
+        done = []
+
+        def second_interrupted(folder, case_id, *rest):
+            if done:
+                (folder / case_id).mkdir()
+                (folder / case_id / ".1.partial.labels.b2nd").write_bytes(b"half")  # as a killed process leaves it
+                raise KeyboardInterrupt
+            done.append(case_id)
+            write_case(folder, case_id, *rest)
+
+        monkeypatch.setattr(preprocess, "write_case", second_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert [path.name for path in cases.iterdir()] == done
+        before = snapshot(cases.parent)
+        monkeypatch.undo()
+        assert run()[1] == {}
+        after = snapshot(cases.parent)
+        assert len(stored_case_ids(cases)) == 3
+        first = [name for name in before if done[0] in name]
+        assert first and all(before[name] == after[name] for name in first)
+
+    def test_large_cases_get_fewer_processes(self, run, monkeypatch):
+        asked = []
+
+        def ask(megabytes_each):
+            asked.append(megabytes_each)
+            return 1
+
+        monkeypatch.setattr(preprocess, "usable_processes", ask)
+        run(processes=None)
+        run(processes=None, spacing_zyx_mm=(2.0, 2.0, 2.0))
+        assert asked[1] < asked[3] - 50  # the second spacing makes arrays a hundred times as large
+        assert 300 < asked[1] < 310

@@ -147,6 +147,18 @@ def test_a_killed_writer_leaves_a_whole_case_or_none(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    array, labels = make()
+    store.write_case(tmp_path, "a", array, labels, META)
+    (tmp_path / "b").mkdir()
+    for leftover in (tmp_path / "a" / ".12.partial.image.b2nd", tmp_path / "b" / ".12.partial.image.b2nd"):
+        leftover.write_bytes(b"half")
+    store.sweep_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not list(tmp_path.rglob("*.partial.*")) and store.is_sound(tmp_path, "a")
+    store.sweep_unfinished(tmp_path / "nothing here")
+
+
 def test_damage_is_found(tmp_path):
     array, labels = make()
     for name in (store.IMAGE_FILE, store.LABELS_FILE):

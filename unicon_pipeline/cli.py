@@ -319,6 +319,8 @@ def main_evaluate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=positive_float, default=2.0, metavar="MM", help=tolerance_help)
     processes_help = "cases at a time (default: %(default)s)"
     parser.add_argument("--processes", type=positive_int, default=1, metavar="N", help=processes_help)
+    resample_help = "accept predictions on other grids, and bring them onto the references' (nearest voxel)"
+    parser.add_argument("--resample", action="store_true", help=resample_help)
     return _run(parser, _evaluate, argv)
 
 
@@ -334,6 +336,7 @@ def _evaluate(options: Namespace) -> int:
         tolerance_mm=options.tolerance,
         seed=options.seed,
         processes=options.processes,
+        resample=options.resample,
     )
     if options.json:
         _show_json(to_dict(result))

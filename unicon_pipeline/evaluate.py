@@ -18,8 +18,9 @@ from scipy import ndimage
 from unicon_pipeline.contract import SpacingZYX
 from unicon_pipeline.dataset import Case, Labels, Task
 from unicon_pipeline.errors import DatasetError, PredictionError, UniconError
-from unicon_pipeline.geometry import GRID_TOLERANCE_MM, Volume, grids_differ_mm, read_labels
+from unicon_pipeline.geometry import GRID_TOLERANCE_MM, Volume, grids_differ_mm, onto_grid, read_labels
 from unicon_pipeline.metrics import Summary, dice, finite_or_none, summarise, surface_scores, volume_ml
+from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import write_record
 from unicon_pipeline.workers import Failure, each
 
@@ -62,7 +63,7 @@ class Evaluation:
     `outputs`: output name -> metric (`dice`, `nsd`, `hd95_mm`) -> summary over the cases. `overall`: the
     same over each case's mean of its defined outputs. `missing`: references without a prediction;
     `unmatched`: predictions without a reference; `failed`: case -> why it could not be evaluated. None
-    of these three is in any number.
+    of these three is in any number. `resampled`: predictions on other grids were brought onto the references'.
     """
 
     task: str
@@ -76,6 +77,7 @@ class Evaluation:
     missing: tuple[str, ...]
     unmatched: tuple[str, ...]
     failed: dict[str, str]
+    resampled: bool = False
     schema_version: int = 1
 
 
@@ -88,6 +90,7 @@ class _Job:
     prediction: Path
     labels: Labels
     tolerance_mm: float
+    resample: bool
 
 
 def evaluate(
@@ -97,6 +100,7 @@ def evaluate(
     tolerance_mm: float = 2.0,
     seed: int = 0,
     processes: int = 1,
+    resample: bool = False,
 ) -> Evaluation:
     """Compares predictions with the task's references and writes `<predictions>/evaluation.json`.
 
@@ -109,6 +113,8 @@ def evaluate(
         tolerance_mm: of the normalised surface distance.
         seed: of the bootstrap.
         processes: cases evaluated at the same time.
+        resample: bring predictions on another grid onto the reference's (nearest voxel), such as those of a
+            PET alone against labels drawn on the CT; without it another grid is an error.
 
     Raises:
         DatasetError: this version has no metrics for the task's type, or a case id has no reference.
@@ -125,7 +131,7 @@ def evaluate(
     predictions = Path(predictions)
     if not predictions.is_dir():
         raise PredictionError(f"{predictions} is not a folder. Give the folder that holds {task.name}'s predictions.")
-    result = evaluator(task, predictions, case_ids, tolerance_mm, seed, processes)
+    result = evaluator(task, predictions, case_ids, tolerance_mm, seed, processes, resample)
     write_record(predictions / RESULT_FILE, result)
     return result
 
@@ -137,6 +143,7 @@ def evaluate_segmentation(
     tolerance_mm: float,
     seed: int,
     processes: int,
+    resample: bool,
 ) -> Evaluation:
     """Dice, normalised surface distance, HD95 and volumes; see `evaluate`. Writes nothing."""
     if task.labels is None:
@@ -145,19 +152,18 @@ def evaluate_segmentation(
     # What a killed prediction left half written has a name with a dot in front.
     files = {path.name.removesuffix(SUFFIX): path for path in sorted(predictions.glob(f"[!.]*{SUFFIX}"))}
     jobs = [
-        _Job(case, held_out, files[case_id], task.labels, tolerance_mm)
+        _Job(case, held_out, files[case_id], task.labels, tolerance_mm, resample)
         for case_id, (case, held_out) in references.items()
         if case_id in files
     ]
     if not jobs:
         raise PredictionError(_nothing_found(predictions, sorted(references), list(files)))
     results: dict[str, CaseScores | Failure] = {}
-    for job, result in each(_score_case, jobs, processes):
+    done = each(_score_case, jobs, processes)
+    for job, result in progress_bar(done, "evaluate", lambda pair: pair[0].case.case_id, len(jobs)):
         results[job.case.case_id] = result
         if isinstance(result, Failure):
             _log.warning("%s could not be evaluated: %s", job.case.case_id, result)
-        else:
-            _log.info("%s evaluated (%d of %d)", job.case.case_id, len(results), len(jobs))
     ordered = [(job.case.case_id, results[job.case.case_id]) for job in jobs]
     scored = [result for _, result in ordered if isinstance(result, CaseScores)]
     failed = {case_id: str(result) for case_id, result in ordered if isinstance(result, Failure)}
@@ -178,10 +184,11 @@ def evaluate_segmentation(
         missing=_missing(references, files),
         unmatched=tuple(case_id for case_id in files if case_id not in known),
         failed=failed,
+        resampled=resample,
     )
 
 
-# task type -> (task, predictions, case_ids, tolerance_mm, seed, processes) -> the record to write.
+# task type -> (task, predictions, case_ids, tolerance_mm, seed, processes, resample) -> the record to write.
 EVALUATORS: dict[str, Callable[..., Evaluation]] = {"segmentation": evaluate_segmentation}
 
 
@@ -223,6 +230,8 @@ def _some(names: Sequence[str]) -> str:
 
 def _score_case(job: _Job) -> CaseScores:
     reference, prediction = read_labels(job.case.labels), read_labels(job.prediction)
+    if job.resample:
+        prediction = onto_grid(prediction, reference.grid, 0.0, nearest=True)
     _check_grids(job, reference, prediction)
     labels = job.labels
     target, guess = reference.array_zyx, prediction.array_zyx
@@ -250,7 +259,7 @@ def _check_grids(job: _Job, reference: Volume, prediction: Volume) -> None:
     raise PredictionError(
         f"{job.prediction} is not on the grid of its reference {job.case.labels}: {how} "
         f"(shapes z, y, x {shapes}; allowed {GRID_TOLERANCE_MM} mm). "
-        "Export the prediction on the grid of the original image."
+        "Predict on the image that the reference was drawn on, or evaluate with --resample."
     )
 
 
@@ -341,6 +350,8 @@ def _title(evaluation: Evaluation) -> str:
 
 def _remarks(evaluation: Evaluation) -> list[str]:
     lines = []
+    if evaluation.resampled:
+        lines.append("Predictions on other grids were brought onto their references' (nearest voxel).")
     undefined = {
         metric: sum(summaries[metric].n_undefined for summaries in evaluation.outputs.values()) for metric in METRICS
     }

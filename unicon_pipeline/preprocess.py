@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,15 @@ from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_record
 from unicon_pipeline.resize import axis_orders, resize, resize_labels, resized_shape
-from unicon_pipeline.store import folder_lock, forget_case, is_sound, read_meta, stored_case_ids, write_case
+from unicon_pipeline.store import (
+    folder_lock,
+    forget_case,
+    is_sound,
+    read_meta,
+    stored_case_ids,
+    sweep_unfinished,
+    write_case,
+)
 from unicon_pipeline.workers import Failure, each, usable_processes
 
 logger = logging.getLogger(__name__)
@@ -32,7 +42,10 @@ IMAGE_ORDER, LABEL_ORDER = 3, 1  # nnU-Net's: cubic for images, linear per class
 _FOREGROUND_SAMPLES = 2000
 _CPU_MEMORY_GB = 2.0  # a CPU's limit is time, not memory
 _GPU_MEMORY_GB = 8.0
-_MEGABYTES_PER_PROCESS = 2500.0
+_MEGABYTES_PER_PROCESS = 2500.0  # while nothing is known of the images yet
+# Measured peak of one case, CT+PET of 512 x 512 x 150 to 300: 11 to 13.5 float32 volumes of its larger grid.
+_PEAK_VOLUMES = 13.5
+_EMPTY_PROCESS_MEGABYTES = 300.0
 
 
 @dataclass(frozen=True)
@@ -107,14 +120,17 @@ def preprocess_task(task: Task, plan: DataPlan, destination: Path, processes: in
         forget_case(destination, stale)
     recipe = _recipe(plan)
     failed: dict[str, str] = {}
-    done = each(_preprocess_case, list(wanted.values()), processes, plan, destination, recipe)
-    for case, outcome in progress_bar(done, "preprocess", lambda pair: pair[0].case_id, len(wanted)):
-        if isinstance(outcome, Failure):
-            failed[case.case_id] = str(outcome)
-            forget_case(destination, case.case_id)
-            logger.warning("%s cannot be preprocessed: %s", case.case_id, outcome)
-        else:
-            logger.debug("%s: %s", case.case_id, outcome)
+    try:
+        with closing(each(_preprocess_case, list(wanted.values()), processes, plan, destination, recipe)) as done:
+            for case, outcome in progress_bar(done, "preprocess", lambda pair: pair[0].case_id, len(wanted)):
+                if isinstance(outcome, Failure):
+                    failed[case.case_id] = str(outcome)
+                    forget_case(destination, case.case_id)
+                    logger.warning("%s cannot be preprocessed: %s", case.case_id, outcome)
+                else:
+                    logger.debug("%s: %s", case.case_id, outcome)
+    finally:
+        sweep_unfinished(destination)
     return {case_id: failed[case_id] for case_id in wanted if case_id in failed}
 
 
@@ -145,14 +161,15 @@ def plan_and_preprocess(
     """
     task = read_task(task_folder)
     folder = Path(work) / "preprocessed" / task.name
-    processes = processes or usable_processes(_MEGABYTES_PER_PROCESS)
+    readers = processes or usable_processes(_MEGABYTES_PER_PROCESS)
     memory_gb = memory_gb or (_CPU_MEMORY_GB if on_cpu else _GPU_MEMORY_GB)
     with folder_lock(folder):
-        fingerprint = _fingerprint(task, spec.input.orientation, processes, folder / "fingerprint.json")
+        fingerprint = _fingerprint(task, spec.input.orientation, readers, folder / "fingerprint.json")
         plan = plan_task(task, fingerprint, spec, memory_gb, on_cpu, spacing_zyx_mm, patch_shape_zyx, batch_size)
         write_record(folder / "plan.json", plan)
         unusable = set(fingerprint.failed)
         usable = tuple(case for case in task.cases if case.case_id not in unusable)
+        processes = processes or usable_processes(_peak_megabytes(fingerprint, plan))
         failed = preprocess_task(dataclasses.replace(task, cases=usable), plan, folder / "cases", processes)
     return plan, {**fingerprint.failed, **failed}
 
@@ -170,6 +187,15 @@ def _fingerprint(task: Task, orientation: str | None, processes: int, path: Path
     fingerprint = fingerprint_task(task, orientation, processes)
     write_record(path, fingerprint)
     return fingerprint
+
+
+def _peak_megabytes(fingerprint: Fingerprint, plan: DataPlan) -> float:
+    """What preprocessing the largest case takes."""
+    voxels = 0
+    for case in fingerprint.cases:
+        resized = resized_shape(case.cropped_shape_zyx, case.spacing_zyx_mm, plan.spacing_zyx_mm)
+        voxels = max(voxels, math.prod(case.shape_zyx), math.prod(resized))
+    return _EMPTY_PROCESS_MEGABYTES + _PEAK_VOLUMES * 4 * voxels / 2**20
 
 
 def _oriented(volume: Volume, orientation: str | None) -> Volume:

@@ -209,11 +209,13 @@ def forget_case(folder: Path, case_id: str) -> None:
     case_folder = _case_folder(folder, case_id)
     for name in (META_FILE, LABELS_FILE, IMAGE_FILE):
         (case_folder / name).unlink(missing_ok=True)
-    if case_folder.is_dir():
-        for leftover in case_folder.glob(".*.partial.*"):
-            leftover.unlink(missing_ok=True)
-        if not any(case_folder.iterdir()):
-            case_folder.rmdir()
+    _sweep(case_folder)
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Removes what killed writers left, for a caller that holds the folder and whose own writers have ended."""
+    for case_folder in Path(folder).glob("*"):
+        _sweep(case_folder)
 
 
 @contextmanager
@@ -267,6 +269,14 @@ def _case_folder(folder: Path, case_id: str) -> Path:
             "a letter or digit first. Rename the case."
         )
     return Path(folder) / case_id
+
+
+def _sweep(case_folder: Path) -> None:
+    if case_folder.is_dir():
+        for leftover in case_folder.glob(".*.partial.*"):
+            leftover.unlink(missing_ok=True)
+        if not any(case_folder.iterdir()):
+            case_folder.rmdir()
 
 
 def _check_arrays(case_id: str, array_czyx: np.ndarray, labels_zyx: np.ndarray | None, meta: dict[str, Any]) -> None:
