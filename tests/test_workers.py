@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ def work(item, offset=0, folder=None):
             file.write("x")
     if item == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if item.startswith("slow"):
+        time.sleep(120)
     if item == "bad":
         raise DatasetError("bad.nii.gz is truncated")
     if item == "big":
@@ -46,7 +49,7 @@ def test_a_bug_is_raised(processes):
         list(each(work, ["a", "bug", "b"], processes))
 
 
-def test_a_killed_process_is_named_and_the_others_finish(tmp_path):
+def test_a_killed_process_is_named_and_the_others_finish(tmp_path, caplog):
     items = ["kill", *(f"case{i:02d}" for i in range(8))]
     start = time.monotonic()
     done = list(each(work, items, 2, 0, tmp_path))
@@ -56,7 +59,9 @@ def test_a_killed_process_is_named_and_the_others_finish(tmp_path):
     assert isinstance(found["kill"], Failure)
     assert "killed" in found["kill"]
     assert [found[item] for item in items[1:]] == [6] * 8
-    assert len((tmp_path / "kill.runs").read_text()) == 2  # in the pool, and once more alone
+    assert len((tmp_path / "kill.runs").read_text()) == 2  # beside others, and once more alone
+    assert [len((tmp_path / f"{item}.runs").read_text()) for item in items[1:]] == [1] * 8  # the innocent once
+    assert [record.message.split()[5] for record in caplog.records] == ["kill"]
 
 
 def test_two_killed_processes_are_both_named():
@@ -64,6 +69,41 @@ def test_two_killed_processes_are_both_named():
     assert sorted((item, isinstance(outcome, Failure)) for item, outcome in found) == [
         ("a", False), ("b", False), ("kill", True), ("kill", True),
     ]  # fmt: skip
+
+
+SLOW = """
+import os, sys
+from pathlib import Path
+from test_workers import work
+from unicon_pipeline.workers import each
+list(each(work, ["slow1", "slow2", "slow3"], 2, 0, Path(sys.argv[1])))
+"""
+
+
+def descendants(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_an_interrupted_run(tmp_path, number):
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([here, os.path.dirname(here)])
+    run = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], env={**os.environ, "PYTHONPATH": path},
+                           stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("*.runs"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = descendants(run.pid)
+    assert len(children) >= 2
+    run.send_signal(number)
+    run.wait(5)
+    deadline = time.monotonic() + 5
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [child for child in children if os.path.exists(f"/proc/{child}")] == []
+    assert sorted(file.stem for file in tmp_path.glob("*.runs")) == ["slow1", "slow2"]
+    run.stderr.close()
 
 
 def test_where_the_work_is_done():

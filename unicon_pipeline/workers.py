@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 from unicon_pipeline.errors import UniconError
 
+logger = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 
 _KILLED = "its process was killed, most likely for lack of memory; use fewer processes, or leave the case out"
 _NO_MEMORY = "there is not enough memory for it; use fewer processes, or leave the case out"
+
+
+_WAS_KILLED = object()
 
 
 class Failure(str):
@@ -28,41 +39,113 @@ def each(function: Callable, items: Sequence[Item], processes: int, *shared: obj
     """Yields (item, `function(item, *shared)` or its `Failure`) in the order of completion.
 
     Errors meant for people, I/O errors and lack of memory become failures; anything else is a bug and raised.
-    When a process is killed, all work in flight is lost with its pool: those items are tried again, each in
-    a process of its own, so that the guilty one is known by name. `function` must live in a module, not in a script.
+    When a process is killed, its item is logged by name and tried once more at the end, with no other beside
+    it; the others go on. Leaving early (Ctrl-C, an error) kills the processes at once, and they do not
+    outlive this process however it ends. `function` must live in a module, not in a script.
     """
     if processes <= 1 or len(items) <= 1:
         for item in items:
             yield item, _attempt(function, item, shared)
         return
-    processes = min(processes, len(items))
-    with _pool(processes) as pool:
+    killed = []
+    for item, outcome in _side_by_side(function, items, processes, shared):
+        if outcome is _WAS_KILLED:
+            logger.warning("The process that worked on %s was killed; trying again at the end, alone.", _name(item))
+            killed.append(item)
+        else:
+            yield item, outcome
+    for item in killed:
+        for _, outcome in _side_by_side(function, [item], 1, shared):
+            yield item, Failure(_KILLED) if outcome is _WAS_KILLED else outcome
+
+
+def _side_by_side(
+    function: Callable, items: Sequence[Item], processes: int, shared: tuple
+) -> Iterator[tuple[Item, object]]:
+    waiting = list(reversed(items))
+    running: dict[Future, tuple[_Worker, Item]] = {}
+    workers: list[_Worker] = []
+
+    def start(worker: _Worker) -> None:
+        item = waiting.pop()
+        running[worker.submit(function, item, shared)] = worker, item
+
+    try:
+        for _ in range(min(processes, len(items))):
+            workers.append(_Worker())
+            start(workers[-1])
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                worker, item = running.pop(future)
+                dead = isinstance(future.exception(), BrokenProcessPool)
+                outcome = _WAS_KILLED if dead else future.result()
+                if dead:
+                    workers.remove(worker)
+                    worker.end()
+                    if waiting:
+                        worker = _Worker()
+                        workers.append(worker)
+                if waiting:
+                    start(worker)
+                yield item, outcome
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """A pool of one process: when it is killed, what it worked on is known.
+
+    The process holds the reading end of a pipe of which only this process has the writing end. It ends
+    itself when that end closes: in `end`, or because this process is gone.
+    """
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self._theirs, self._ours = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(self._theirs,))
+
+    def submit(self, function: Callable, item: object, shared: tuple) -> Future:
         with _script_left_alone():
-            running = {pool.submit(_attempt, function, item, shared): item for item in items}
-        try:
-            for future in as_completed(running):
-                if not isinstance(future.exception(), BrokenProcessPool):
-                    yield running[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    lost = [item for future, item in running.items() if isinstance(future.exception(), BrokenProcessPool)]
-    # Items are taken in order, and each process holds one and has at most one more waiting, or one just finished.
-    suspects = 3 * processes if len(lost) > 3 * processes + 1 else len(lost)
-    for item in lost[:suspects]:
-        yield item, _alone(function, item, shared)
-    if lost[suspects:]:
-        yield from each(function, lost[suspects:], max(2, processes), *shared)
+            return self._pool.submit(_attempt, function, item, shared)
+
+    def end(self) -> None:
+        self._ours.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._theirs.close()
+
+
+def _end_with(pipe: Connection) -> None:
+    """In a worker: Ctrl-C is the parent's to handle; the end of the pipe ends the process, whatever it is doing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        wait_for([pipe])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def usable_processes(megabytes_each: float) -> int:
     """How many processes fit the cores and the free memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = _free_megabytes()
+    return max(1, cores if free is None else min(cores, int(free // megabytes_each)))
+
+
+def _free_megabytes() -> float | None:
+    """Memory that programs can get; on Linux with what the file cache would give back, which is most of it."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = {line.partition(":")[0]: line.partition(":")[2].split()[0] for line in lines}
+        return int(kilobytes["MemAvailable"]) / 2**10
+    except (OSError, KeyError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
     except (ValueError, OSError, AttributeError):
-        return max(1, cores)
-    return max(1, min(cores, int(free // megabytes_each)))
+        return None
 
 
 def _attempt(function: Callable, item: object, shared: tuple) -> object:
@@ -74,18 +157,8 @@ def _attempt(function: Callable, item: object, shared: tuple) -> object:
         return Failure(_NO_MEMORY)
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-
-
-def _alone(function: Callable, item: object, shared: tuple) -> object:
-    with _pool(1) as pool:
-        with _script_left_alone():
-            future = pool.submit(_attempt, function, item, shared)
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            return Failure(_KILLED)
+def _name(item: object) -> object:
+    return getattr(item, "case_id", item)
 
 
 @contextmanager
