@@ -39,7 +39,7 @@ setup(
         "SimpleITK>=2.4",
         "dynamic-network-architectures>=0.4.1,<0.5",
         "acvl-utils>=0.2.3,<0.3",
-        "batchgenerators>=0.25.1",
+        "batchgenerators>=0.25.5",
         "safetensors>=0.5",
         "tqdm>=4.66",
         "blosc2>=3.3",

@@ -171,9 +171,13 @@ def _write_table_task(
 
 
 def _write_unmasked(folder: Path, patients: Sequence[Patient]) -> list[str]:
+    files = _images(patients, MODALITIES, folder)
+    _copy_all(files)
+    # Who has a mask by now belongs to the tasks.
+    for stale in set(folder.glob("STS_*.nii.gz")) - set(files):
+        stale.unlink()
     if not patients:
         return []
-    _copy_all(_images(patients, MODALITIES, folder))
     write_json(folder / "dataset.json", _description(MODALITIES, {}))
     return [f"{folder.name}: images of {len(patients)} patients without a mask, for unicon_predict -i {folder}"]
 

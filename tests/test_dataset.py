@@ -5,11 +5,13 @@ import logging
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from unicon_pipeline.dataset import (
     Case,
     Labels,
     check_labels,
+    is_safe_name,
     parse_channels,
     patient_folds,
     prediction_cases,
@@ -18,10 +20,7 @@ from unicon_pipeline.dataset import (
     resolve_task,
 )
 from unicon_pipeline.errors import DatasetError
-from unicon_pipeline.geometry import Grid, write_image, write_labels
-from unicon_pipeline.label_spec import parse_labels
-from unicon_pipeline.records import from_dict, to_dict
-from unicon_pipeline.tables import read_table
+from unicon_pipeline.geometry import Grid, read_image, write_image, write_labels
 
 SHAPE = (4, 5, 6)
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -123,6 +122,34 @@ class TestReadTask:
             "patient p has cases in imagesTr and in imagesTs",
             "cases without images: x",
         )
+
+    def test_a_patient_named_like_a_training_case_is_not_split(self, tmp_path):
+        folder = make_task(tmp_path / "Task", patients={"later": "a"})
+        touch(folder / "imagesTs" / "later_0000.nii.gz")
+        refused(lambda: read_task(folder), "patient a has cases in imagesTr and in imagesTs")
+
+    def test_a_link_to_nowhere_is_a_missing_file_and_no_missing_channel(self, tmp_path):
+        folder = make_task(tmp_path / "Task")
+        link = folder / "imagesTr" / "a_0001.nii.gz"
+        link.unlink()
+        link.symlink_to(tmp_path / "gone.nii.gz")
+        case = read_task(folder).cases[0]
+        assert tuple(case.images) == ("CT", "PET")
+        refused(lambda: read_image(case.images["PET"]), "a_0001.nii.gz does not exist")
+
+    @pytest.mark.parametrize("case_id", ["..", "a..b", ".a", "-a", "a b", "a;b", "ä"])
+    def test_names_that_could_leave_a_folder_or_break_a_line(self, tmp_path, case_id):
+        assert not is_safe_name(case_id) and is_safe_name("Case-1.2_x+y")
+        for name in ("a/b", "a\\b", "", "a\n"):
+            assert not is_safe_name(name)
+        if not case_id.startswith("."):
+            folder = make_task(tmp_path / "Task", cases=(case_id,))
+            refused(lambda: read_task(folder), "a case's name may hold letters, digits")
+
+    def test_regions_and_ignore(self, tmp_path):
+        named = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+        task = read_task(make_task(tmp_path / "a folder" / "Task", labels=named, regions_class_order=[1, 2]))
+        assert task.labels == Labels(("whole", "core"), ((1, 2), (2,)), True, (1, 2), 3)
 
     def test_wrong_parts_of_dataset_json_are_listed_together(self, tmp_path):
         folder = make_task(
@@ -233,81 +260,13 @@ class TestTargets:
         assert (task.task_type, task.targets.columns) == ("classification", columns)
 
 
-class TestReadTable:
-    def test_what_spreadsheets_write(self, tmp_path):
-        path = tmp_path / "t.csv"
-        path.write_bytes('\ufeffcase_id , age,"site"\r\na, 61.5 ,"thigh, left"\r\n\r\nb,N/A,nan\r\n'.encode())
-        table = read_table(path)
-        assert table.case_ids == ("a", "b")
-        assert table.columns == {"age": (61.5, None), "site": ("thigh, left", None)}
-
-    @pytest.mark.parametrize(
-        "text,words",
-        [
-            ("", ("no column case_id", "nothing")),
-            ("id,x\na,1\n", ("no column case_id", "id, x")),
-            ("case_id;x\na;1\n", ("semicolons",)),
-            ("case_id,x,x\na,1,2\n", ("column x occurs more than once",)),
-            ("case_id,x\na,1\nb\nc,1,2\n", ("row 3: 1 cells", "row 4: 3 cells")),
-            ("case_id,x\n,1\na,2\nb,3\na,4\n", ("row 2: no case_id", "row 3: a occurs 2 times", "row 5: a occurs 2")),
-        ],
-    )
-    def test_faults_name_the_rows(self, tmp_path, text, words):
-        refused(lambda: read_table(touch(tmp_path / "t.csv", text)), "t.csv", *words)
-
-    def test_another_encoding(self, tmp_path):
-        (tmp_path / "t.csv").write_bytes("case_id,x\na,ü\n".encode("latin-1"))
-        refused(lambda: read_table(tmp_path / "t.csv"), "UTF-8")
-
-
-class TestLabels:
-    def parse(self, labels, **extra):
-        return parse_labels({"labels": labels, **extra}, "dataset.json")
-
-    def test_exclusive(self):
-        labels = self.parse({"background": 0, "liver": 1, "spleen": 5, "ignore": 7})
-        assert labels == Labels(("liver", "spleen"), ((1,), (5,)), False, (1, 5), 7)
-        assert labels.output_channels == 3
-        assert from_dict(Labels, to_dict(labels), "here") == labels
-
-    def test_regions(self):
-        named = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
-        labels = self.parse(named, regions_class_order=[1, 2, 3])
-        assert labels == Labels(("whole", "core", "enhancing"), ((1, 2, 3), (2, 3), (3,)), True, (1, 2, 3), 4)
-        assert labels.output_channels == 3
-
-    @pytest.mark.parametrize(
-        "named,order,words",
-        [
-            (None, None, "needs labels"),
-            ({"background": 0}, None, "nothing but the background"),
-            ({"background": 1, "x": 0}, None, "background must"),
-            ({"background": 0, "x": 1.0}, None, "whole number"),
-            ({"background": 0, "x": True}, None, "whole number"),
-            ({"background": 0, "x": -1}, None, "whole number"),
-            ({"background": 0, "x": 40_000}, None, "whole number"),
-            ({"background": 0, "x": []}, None, "whole number"),
-            ({"0": "background", "1": "x"}, None, "nnU-Net version 2"),
-            ({"background": 0, "x": 1, "y": 1}, None, "share a value"),
-            ({"background": 0, "x": 1, "ignore": 1}, None, "ignore must"),
-            ({"background": 0, "x": 1, "ignore": [2, 3]}, None, "ignore must"),
-            ({"background": 0, "x": [0, 1]}, [1], "0 is the background"),
-            ({"background": 0, "x": [1, 2], "y": [2]}, None, "regions_class_order"),
-            ({"background": 0, "x": [1, 2], "y": [2]}, [1], "regions_class_order"),
-            ({"background": 0, "x": [1, 2], "y": [2]}, [1, 9], "regions_class_order"),
-        ],
-    )
-    def test_refused(self, named, order, words):
-        refused(lambda: self.parse(named, regions_class_order=order), "dataset.json", words)
-
-
 class TestPredictionCases:
     NAMES = {0: "CT", 1: "PET"}
 
     def cases(self, source, names=None):
         return {
             case.case_id: {modality: path.name for modality, path in case.images.items()}
-            for case in prediction_cases(source, names or self.NAMES, ".nii.gz")
+            for case in prediction_cases(source, names or self.NAMES)
         }
 
     def test_a_folder(self, tmp_path):
@@ -319,7 +278,7 @@ class TestPredictionCases:
             "b": {"PET": "b_0001.nii.gz"},
             "plain": {"CT": "plain.nii.gz"},
         }
-        (case, *_) = prediction_cases(folder, self.NAMES, ".nii.gz")
+        (case, *_) = prediction_cases(folder, self.NAMES)
         assert (case.labels, case.patient) == (None, "a")
 
     def test_one_file(self, tmp_path):
@@ -333,6 +292,18 @@ class TestPredictionCases:
         touch(tmp_path / place / "a_0000.nii.gz")
         touch(tmp_path / "dataset.json", '{"channel_names": {"0": "pet"}}')
         assert self.cases(tmp_path / place) == {"a": {"PET": "a_0000.nii.gz"}}
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"channel_names": {"0": "../x"}}'])
+    def test_a_wrong_description_beside_the_images(self, tmp_path, text):
+        touch(tmp_path / "a_0000.nii.gz")
+        touch(tmp_path / "dataset.json", text)
+        refused(lambda: self.cases(tmp_path), "dataset.json")
+
+    def test_any_supported_ending_is_taken_and_another_shows_what_is_there(self, tmp_path):
+        touch(tmp_path / "scan.nii")
+        assert self.cases(tmp_path)
+        (tmp_path / "scan.nii").rename(tmp_path / "scan.dcm")
+        refused(lambda: self.cases(tmp_path), "case1_0000.nii.gz", "CT", "Found: scan.dcm")
 
     def test_nothing_there(self, tmp_path):
         touch(tmp_path / "scan.dcm")
@@ -377,6 +348,37 @@ class TestReadCase:
         volumes = read_case(self.case(tmp_path, {"PET": (np.zeros(SHAPE), GRID), "CT": (ct, self.PET_GRID)}))
         assert (volumes["CT"].array_zyx[3] == -1024.0).all()
 
+    def test_three_grids_and_a_spot(self, tmp_path):
+        """Channels are resampled through the affines: what is at one place in the patient stays there."""
+        index = np.indices(SHAPE).transpose(1, 2, 3, 0)[..., ::-1]
+        ct = (index * (1.0, 2.0, 3.0) + GRID.origin_xyz_mm) @ (1.0, 2.0, 3.0)
+        images = {"CT": (ct, GRID)}
+        for name, origin in (("PET", (8.5, -22.5, 27.0)), ("T1", (9.25, -23.0, 28.5))):
+            grid = Grid((9, 9, 9), (2.5, 2.25, 1.75), origin, IDENTITY)
+            index = np.indices(grid.shape_zyx).transpose(1, 2, 3, 0)[..., ::-1]
+            images[name] = (index * grid.spacing_zyx_mm[::-1] + origin) @ (1.0, 2.0, 3.0), grid
+        volumes = read_case(self.case(tmp_path, images))
+        assert list(volumes) == ["CT", "PET", "T1"]
+        for name in ("PET", "T1"):
+            np.testing.assert_allclose(volumes[name].array_zyx, ct, atol=1e-3)
+
+    def test_a_missing_channel_leaves_the_grid_to_the_next(self, tmp_path):
+        volumes = read_case(self.case(tmp_path, {"PET": (np.full((3, 3, 4), 5.0), self.PET_GRID)}))
+        assert list(volumes) == ["PET"] and volumes["PET"].grid == self.PET_GRID
+
+    @pytest.mark.parametrize("damage", ["truncated", "nan", "4-D"])
+    def test_a_bad_channel_is_named(self, tmp_path, damage):
+        case = self.case(tmp_path, {"CT": (np.zeros(SHAPE), GRID), "PET": (np.ones((3, 3, 4)), self.PET_GRID)})
+        path = case.images["PET"]
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[:-20])
+        elif damage == "nan":
+            write_image(path, np.full((3, 3, 4), np.nan), self.PET_GRID)
+        else:
+            sitk.WriteImage(sitk.Image([4, 3, 3, 2], sitk.sitkFloat32), str(path))
+        words = {"truncated": "truncated", "nan": "36 voxels of 36", "4-D": "4 x 3 x 3 x 2"}
+        refused(lambda: read_case(case), "PET.nii.gz", words[damage])
+
     def test_another_patient(self, tmp_path):
         far = Grid((3, 3, 3), (3.0, 4.0, 2.0), (10.0, -20.0, 900.0), IDENTITY)
         case = self.case(tmp_path, {"CT": (np.zeros(SHAPE), GRID), "PET": (np.zeros((3, 3, 3)), far)})
@@ -404,6 +406,25 @@ class TestCheckLabels:
                 check_labels(case, GRID, TUMOUR)
             else:
                 refused(lambda case=case: check_labels(case, GRID, TUMOUR), "labels.nii.gz", "a_0000.nii.gz", "1 mm")
+
+    def test_an_image_in_labels_tr(self, tmp_path):
+        case = self.case(tmp_path, np.ones(SHAPE, int))
+        write_image(case.labels, np.random.default_rng(0).integers(-1000, 1000, SHAPE), GRID)
+        refused(lambda: check_labels(case, GRID, TUMOUR), "labels.nii.gz", "looks like a CT image, not labels")
+
+    def test_fractions_and_255(self, tmp_path):
+        case = self.case(tmp_path, np.ones(SHAPE, int))
+        for value, words in ((0.5, "0.5"), (255.0, "[255]")):
+            write_image(case.labels, np.full(SHAPE, value), GRID)
+            refused(lambda: check_labels(case, GRID, TUMOUR), "labels.nii.gz", words)
+        write_image(case.labels, np.full(SHAPE, 1.0), GRID)
+        assert check_labels(case, GRID, TUMOUR).array_zyx.dtype == np.int16
+
+    def test_regions_know_their_members(self, tmp_path):
+        regions = Labels(("whole", "core"), ((1, 2), (2,)), True, (1, 2), 3)
+        array = np.random.default_rng(0).choice([0, 1, 2, 3], SHAPE)
+        np.testing.assert_array_equal(check_labels(self.case(tmp_path, array), GRID, regions).array_zyx, array)
+        refused(lambda: check_labels(self.case(tmp_path, array + 1), GRID, regions), "[4]", "[0, 1, 2, 3]")
 
     def test_another_shape(self, tmp_path):
         grid = Grid((4, 5, 7), GRID.spacing_zyx_mm, GRID.origin_xyz_mm, IDENTITY)

@@ -4,7 +4,7 @@ import gzip
 import itertools
 import logging
 import struct
-import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -68,57 +68,6 @@ class TestReadAgainstItk:
         np.testing.assert_allclose(volume.grid.origin_xyz_mm, image.GetOrigin(), atol=1e-5)
         np.testing.assert_allclose(volume.grid.direction, image.GetDirection(), atol=1e-6)
 
-    @pytest.mark.parametrize("qform_code,sform_code", [(1, 0), (0, 1), (1, 1), (1, 2), (2, 1), (0, 4), (0, 0)])
-    @pytest.mark.parametrize("left_handed", [False, True])
-    def test_the_affine_is_chosen_as_by_itk(self, tmp_path, qform_code, sform_code, left_handed):
-        direction = OBLIQUE * (1, 1, -1 if left_handed else 1)
-        data = nifti_bytes(tmp_path, noise(), make_grid(direction=direction))
-        struct.pack_into("<2h", data, 252, qform_code, sform_code)
-        for row, shift in enumerate((5.0, 7.0, 11.0)):
-            (value,) = struct.unpack_from("<f", data, 280 + 16 * row + 12)
-            struct.pack_into("<f", data, 280 + 16 * row + 12, value + shift)
-        path = tmp_path / "image.nii"
-        path.write_bytes(data)
-        grid, image = geometry.read_image(path).grid, sitk.ReadImage(str(path))
-        np.testing.assert_allclose(grid.origin_xyz_mm, image.GetOrigin(), atol=1e-4)
-        np.testing.assert_allclose(grid.direction, image.GetDirection(), atol=1e-5)
-        np.testing.assert_allclose(grid.spacing_zyx_mm[::-1], image.GetSpacing(), rtol=1e-5)
-
-    def test_rescaled_integers(self, tmp_path):
-        data = nifti_bytes(tmp_path, np.arange(120, dtype=np.int16).reshape(SHAPE))
-        struct.pack_into("<2f", data, 112, 0.5, -3.0)
-        path = tmp_path / "image.nii"
-        path.write_bytes(data)
-        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-        assert expected.max() == 119 * 0.5 - 3
-        np.testing.assert_allclose(geometry.read_image(path).array_zyx, expected, rtol=1e-6)
-
-    def test_big_endian(self, tmp_path):
-        array = np.arange(120, dtype=np.int16).reshape(SHAPE)
-        data = nifti_bytes(tmp_path, array)
-        swapped = bytearray(data[:352] + array.astype(">i2").tobytes())
-        fields = (("i", 0, 1), ("h", 40, 8), ("h", 70, 2), ("f", 76, 8), ("f", 108, 3), ("h", 252, 2), ("f", 256, 18))
-        for letter, start, count in fields:
-            struct.pack_into(f">{count}{letter}", swapped, start, *struct.unpack_from(f"<{count}{letter}", data, start))
-        path = tmp_path / "image.nii"
-        path.write_bytes(swapped)
-        volume = geometry.read_image(path)
-        np.testing.assert_array_equal(volume.array_zyx, array)
-        assert volume.grid == make_grid()
-
-    def test_a_fourth_dimension_of_one_is_no_dimension(self, tmp_path):
-        data = nifti_bytes(tmp_path, noise())
-        struct.pack_into("<8h", data, 40, 4, 6, 5, 4, 1, 1, 1, 1)
-        (tmp_path / "image.nii").write_bytes(data)
-        np.testing.assert_array_equal(geometry.read_image(tmp_path / "image.nii").array_zyx, noise())
-
-    def test_a_name_that_lies_about_compression(self, tmp_path):
-        data = nifti_bytes(tmp_path, noise())
-        (tmp_path / "plain.nii.gz").write_bytes(data)
-        (tmp_path / "packed.nii").write_bytes(gzip.compress(data))
-        for name in ("plain.nii.gz", "packed.nii"):
-            np.testing.assert_array_equal(geometry.read_image(tmp_path / name).array_zyx, noise())
-
     def test_many_threads(self, tmp_path):
         paths = [tmp_path / f"image{n}.nii.gz" for n in range(8)]
         for n, path in enumerate(paths):
@@ -150,14 +99,6 @@ class TestRefused:
         self.refused(path, "truncated")
         assert capfd.readouterr().err == ""
 
-    def test_damaged_bytes(self, tmp_path):
-        path = write_itk(tmp_path / "image.nii.gz", noise((8, 9, 10)), make_grid((8, 9, 10)))
-        data = bytearray(path.read_bytes())
-        # In the checksum at the end: all voxels decompress, and one of them could be wrong.
-        data[-6] ^= 0xFF
-        path.write_bytes(data)
-        self.refused(path, "corrupt", "Copy it again")
-
     def test_missing_folder_and_foreign(self, tmp_path):
         self.refused(tmp_path / "none.nii.gz", "does not exist")
         self.refused(tmp_path, "folder", "dcm2niix")
@@ -165,28 +106,6 @@ class TestRefused:
         self.refused(tmp_path / "image.png", ".nii.gz")
         (tmp_path / "text.nii").write_bytes(b"a" * 1000)
         self.refused(tmp_path / "text.nii", "not a single-file NIfTI-1")
-
-    @pytest.mark.parametrize(
-        "dim,words",
-        [
-            ((4, 6, 5, 2, 2, 1, 1, 1), ("6 x 5 x 2 x 2", "choose one frame")),
-            ((5, 6, 5, 2, 1, 2, 1, 1), ("6 x 5 x 2 x 1 x 2", "choose one frame")),
-            ((2, 30, 4, 1, 1, 1, 1, 1), ("30 x 4", "3-D")),
-            ((3, 6, -5, 4, 1, 1, 1, 1), ("not valid",)),
-            ((0, 6, 5, 4, 1, 1, 1, 1), ("not valid",)),
-            ((3, 2000, 2000, 2000, 1, 1, 1, 1), ("2000 x 2000 x 2000", "limit")),
-            ((3, 1000, 1000, 1000, 1, 1, 1, 1), ("truncated",)),
-        ],
-    )
-    def test_dimensions(self, tmp_path, dim, words):
-        data = nifti_bytes(tmp_path, noise())
-        struct.pack_into("<8h", data, 40, *dim)
-        for path in (tmp_path / "image.nii", tmp_path / "image.nii.gz"):
-            path.write_bytes(data if path.suffix == ".nii" else gzip.compress(data))
-            tracemalloc.start()
-            self.refused(path, *words)
-            assert tracemalloc.get_traced_memory()[1] < 4 << 20
-            tracemalloc.stop()
 
     @pytest.mark.parametrize("ending", [".mha", ".nrrd"])
     def test_four_dimensions_in_other_formats(self, tmp_path, ending):
@@ -199,13 +118,6 @@ class TestRefused:
         sitk.WriteImage(image, str(tmp_path / f"image{ending}"))
         self.refused(tmp_path / f"image{ending}")
 
-    @pytest.mark.parametrize("code", [128, 32, 1536, 7])
-    def test_types_of_voxel(self, tmp_path, code):
-        data = nifti_bytes(tmp_path, noise())
-        struct.pack_into("<h", data, 70, code)
-        (tmp_path / "image.nii").write_bytes(data)
-        self.refused(tmp_path / "image.nii")
-
     def test_nan_and_infinity_are_counted(self, tmp_path):
         array = noise()
         array[0, 0, :3] = np.nan, np.inf, -np.inf
@@ -213,21 +125,81 @@ class TestRefused:
         beyond_float32 = np.full(SHAPE, 1e300)
         self.refused(write_itk(tmp_path / "wide.nii.gz", beyond_float32, make_grid()), "120 voxels of 120")
 
-    def test_headers_that_point_to_other_files(self, tmp_path):
-        write_itk(tmp_path / "secret.mha", noise(), make_grid(), compressed=False)
-        text = (tmp_path / "secret.mha").read_bytes().partition(b"ElementDataFile")[0].decode()
-        (tmp_path / "image.mha").write_text(f"{text}ElementDataFile = secret.raw\n")
+    @pytest.mark.parametrize(
+        "pointer",
+        [
+            "ElementDataFile = secret.raw\n",
+            "ElementDataFile = LOCALsecret.raw\n",
+            "Comment = ElementDataFile = LOCAL\nElementDataFile = secret.raw\n",
+            "ElementDataFile: secret.raw\nElementDataFile = LOCAL\n",
+            "ElementDataFile = LIST\nsecret.raw\n",
+        ],
+    )
+    def test_meta_headers_that_point_to_other_files(self, tmp_path, capfd, pointer):
+        text, voxels = self.meta_image(tmp_path)
+        for name in ("secret.raw", "LOCALsecret.raw"):
+            (tmp_path / name).write_bytes(voxels)
+        (tmp_path / "image.mha").write_bytes(text + pointer.encode() + bytes(len(voxels)))
         self.refused(tmp_path / "image.mha", "one whole MetaImage file")
-        header = "NRRD0004\ntype: float\ndimension: 3\nsizes: 6 5 4\nencoding: raw\ndata file: secret.raw\n\n"
-        (tmp_path / "image.nrrd").write_text(header)
+        assert capfd.readouterr().err == ""
+
+    @pytest.mark.parametrize("pointer", ["data file", "DATA FILE", "datafile"])
+    @pytest.mark.parametrize("comments", [0, 20_000])
+    def test_nrrd_headers_that_point_to_other_files(self, tmp_path, pointer, comments):
+        (tmp_path / "secret.raw").write_bytes(noise().tobytes())
+        header = "type: float\ndimension: 3\nsizes: 6 5 4\nencoding: raw\nendian: little\n"
+        text = "NRRD0004\n" + "# a\n" * comments + header + f"{pointer}: secret.raw\n\n"
+        (tmp_path / "image.nrrd").write_text(text)
         self.refused(tmp_path / "image.nrrd", "one whole NRRD file")
 
-    def test_affine_without_volume(self, tmp_path):
-        data = nifti_bytes(tmp_path, noise())
-        struct.pack_into("<4f", data, 280, 0, 0, 0, 0)
-        (tmp_path / "image.nii").write_bytes(data)
-        self.refused(tmp_path / "image.nii", "affine")
+    def meta_image(self, tmp_path):
+        """Header without its last line, and voxels."""
+        path = write_itk(tmp_path / "whole.mha", noise(), make_grid(), compressed=False)
+        text, _, voxels = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
+        return text, voxels
 
+    @pytest.mark.parametrize(
+        "old,new",
+        [
+            (b"DimSize = 6 5 4", b"DimSize = -6 5 4"), (b"NDims = 3", b"NDims = 30"), (b"NDims = 3\n", b""),
+            (b"DimSize = 6 5 4", b"DimSize = 6 5"), (b"DimSize = 6 5 4", b"DimSize = 6 5 4000000000"),
+            (b"DimSize = 6 5 4", b"DimSize = 2000 2000 2000"), (b"DimSize = 6 5 4", b"DimSize = 6 5 5"),
+            (b"CompressedData = False", b"CompressedData = True"),
+        ],
+    )  # fmt: skip
+    def test_meta_headers_that_do_not_fit(self, tmp_path, capfd, old, new):
+        text, voxels = self.meta_image(tmp_path)
+        assert old in text
+        (tmp_path / "image.mha").write_bytes(text.replace(old, new) + b"ElementDataFile = LOCAL\n" + voxels)
+        self.refused(tmp_path / "image.mha")
+        assert capfd.readouterr().err == ""
+
+    def test_a_compressed_file_that_holds_too_little(self, tmp_path, capfd):
+        """ITK fills up with zeros, so a short file would pass for an image with empty slices."""
+        text, voxels = self.meta_image(tmp_path)
+        packed = zlib.compress(voxels)
+        compressed = f"CompressedData = True\nCompressedDataSize = {len(packed)}".encode()
+        for slices in (b"4", b"5", b"10000000"):
+            header = text.replace(b"CompressedData = False", compressed).replace(b"6 5 4", b"6 5 " + slices)
+            path = tmp_path / f"image{slices.decode()}.mha"
+            path.write_bytes(header + b"ElementDataFile = LOCAL\n" + packed)
+        np.testing.assert_array_equal(geometry.read_image(tmp_path / "image4.mha").array_zyx, noise())
+        self.refused(tmp_path / "image5.mha", "truncated", "600 bytes")
+        self.refused(tmp_path / "image10000000.mha", "truncated")
+        assert capfd.readouterr().err == ""
+
+    @pytest.mark.parametrize("encoding", ["raw", "gzip"])
+    def test_a_nrrd_that_promises_too_much_is_not_waited_for(self, tmp_path, encoding):
+        header = "type: double\ndimension: 3\nsizes: 1000 1000 1000\nendian: little\n"
+        text = f"NRRD0004\n{header}encoding: {encoding}\n\n"
+        (tmp_path / "image.nrrd").write_bytes(text.encode() + gzip.compress(noise().tobytes()))
+        self.refused(tmp_path / "image.nrrd", "8000000000 bytes")
+
+    def test_other_writers_spell_headers_differently(self, tmp_path):
+        text, voxels = self.meta_image(tmp_path)
+        text = text.replace(b" = ", b"=").replace(b"\n", b"\r\n") + b"ElementDataFile=LOCAL\r\n"
+        (tmp_path / "image.mha").write_bytes(text + voxels)
+        np.testing.assert_array_equal(geometry.read_image(tmp_path / "image.mha").array_zyx, noise())
 
 class TestSkew:
     def skewed(self, tmp_path, degrees):
@@ -417,6 +389,18 @@ class TestOntoGrid:
         expected = labels[tuple(np.rint(index).astype(int))]
         np.testing.assert_array_equal(moved.ravel(), expected)
 
+    def test_a_shifted_pet_lands_within_half_a_voxel(self):
+        """A hot spot at a known place in the patient, on a coarser, shifted, turned PET grid."""
+        ct, place = make_grid((30, 40, 40), (3.0, 2.0, 2.0), (-40.0, -40.0, -45.0)), np.array([7.3, -4.1, 5.2])
+        turned = Rotation.from_euler("z", 8, degrees=True).as_matrix()
+        pet = make_grid((22, 24, 24), (4.0, 4.0, 4.0), (-43.7, -48.9, -41.3), turned)
+        spot = np.exp(-((world(pet) - place) ** 2).sum(axis=-1) / (2 * 7.0**2)).astype(np.float32)
+        moved = geometry.onto_grid(Volume(spot, pet), ct, 0.0)
+        weights = np.where(moved.array_zyx > 0.05, moved.array_zyx, 0)[..., None]
+        centre = (weights * world(ct)).sum(axis=(0, 1, 2)) / weights.sum()
+        assert (np.abs(centre - place) < 0.5 * np.array(ct.spacing_zyx_mm[::-1])).all()
+        assert np.linalg.norm(centre - place) < 0.2
+
     def test_the_same_grid_changes_nothing(self):
         volume = Volume(noise(), make_grid(direction=OBLIQUE))
         np.testing.assert_array_equal(geometry.onto_grid(volume, volume.grid, 0.0).array_zyx, noise())
@@ -441,6 +425,12 @@ class TestGridsDiffer:
             shifted = make_grid(origin=tuple(origin), direction=OBLIQUE)
             assert geometry.grids_differ_mm(grid, shifted) == pytest.approx(spacing)
             assert spacing > geometry.GRID_TOLERANCE_MM
+
+    def test_a_millionth_of_a_millimetre_passes(self):
+        moved = make_grid(origin=(10.0 + 1e-6, -20.0, 30.0))
+        assert 0 < geometry.grids_differ_mm(make_grid(), moved) < geometry.GRID_TOLERANCE_MM
+        # The smallest voxel in use, of a micro-CT, is still told apart.
+        assert geometry.GRID_TOLERANCE_MM < 0.02
 
     def test_rounding_is_within_the_tolerance(self):
         grid = make_grid((300, 512, 512), direction=OBLIQUE)

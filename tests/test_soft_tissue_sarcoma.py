@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from unicon_pipeline.dataset import check_labels, prediction_cases, read_case, r
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.geometry import Grid, write_image, write_labels
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "soft_tissue_sarcoma"
+# A folder with `soft_tissue_sarcoma` in it, for who has the collection.
+REAL = Path(os.environ.get("UNICON_REALDATA", "no such folder")) / "soft_tissue_sarcoma"
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 CT_GRID = Grid((6, 8, 8), (3.0, 1.0, 1.0), (0.0, 0.0, 0.0), IDENTITY)
 # One slice shorter than the CT, as one patient's is.
@@ -119,7 +122,7 @@ class TestHoldOut:
         assert names(tmp_path / "raw/STS_GTV_CT/labelsTs") == ["STS_002.nii.gz"]
         assert names(tmp_path / "raw/STS_Grade/imagesTs")[-1] == "STS_004_0001.nii.gz"
         images = tmp_path / "raw" / "STS_GTV_CTPET" / "imagesTs"
-        (case,) = prediction_cases(images, {0: "PET"}, ".nii.gz")
+        (case,) = prediction_cases(images, {0: "PET"})
         assert tuple(case.images) == ("CT", "PET")
 
     def test_a_second_run_moves_patients_and_leaves_no_copy(self, source, tmp_path):
@@ -151,10 +154,18 @@ class TestPartialSources:
         for mask in source.rglob("*_mask.nii.gz"):
             mask.unlink()
         summary = convert(source, tmp_path / "raw")
-        cases = prediction_cases(tmp_path / "raw" / "STS_images", {0: "CT", 1: "other"}, ".nii.gz")
+        cases = prediction_cases(tmp_path / "raw" / "STS_images", {0: "CT", 1: "other"})
         assert [tuple(case.images) for case in cases] == [("CT", "PET")] * 2 + [("CT",), ("CT", "PET")]
         assert names(tmp_path / "raw") == ["STS_images"]
         assert summary.count("not written") == 4 and "images of 4 patients" in summary
+
+    def test_a_mask_that_comes_later_moves_its_patient(self, source, tmp_path):
+        convert(source, tmp_path / "raw")
+        assert "STS_004_0000.nii.gz" in names(tmp_path / "raw" / "STS_images")
+        shutil.copy(source / "STS_001" / "CT_mask.nii.gz", source / "STS_004" / "CT_mask.nii.gz")
+        assert "STS_images" not in convert(source, tmp_path / "raw")
+        assert names(tmp_path / "raw" / "STS_images") == ["dataset.json"]
+        assert len(read_task(tmp_path / "raw" / "STS_GTV_CT").cases) == 4
 
     def test_without_masks_the_tables_still_make_tasks(self, source, tmp_path):
         for mask in source.rglob("*_mask.nii.gz"):
@@ -205,7 +216,7 @@ class TestMain:
         assert not (tmp_path / "raw").exists()
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real collection is not there")
+@pytest.mark.skipif(not REAL.is_dir(), reason="UNICON_REALDATA names no folder with soft_tissue_sarcoma")
 def test_the_real_collection(tmp_path):
     """Two of its patients, linked; among them the one whose PET is a slice shorter."""
     source = tmp_path / "source"

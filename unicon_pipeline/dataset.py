@@ -136,11 +136,12 @@ def read_task(folder: Path) -> Task:
     return task
 
 
-def prediction_cases(source: Path, channel_names: Mapping[int, str], file_ending: str) -> tuple[Case, ...]:
+def prediction_cases(source: Path, channel_names: Mapping[int, str]) -> tuple[Case, ...]:
     """The cases of a folder (or one image file) to predict.
 
-    Files are `<case>_0000.nii.gz` and so on; a file without a channel number is channel 0. The channel names of a
-    `dataset.json` in the folder win over `channel_names`; for `imagesTr` and `imagesTs` also one in the folder above.
+    Files are `<case>_0000.nii.gz` and so on, of any supported ending; a file without a channel number is channel 0.
+    The channel names of a `dataset.json` in the folder win over `channel_names`; for `imagesTr` and `imagesTs` also
+    those of one in the folder above.
 
     Raises:
         DatasetError: nothing is there, no channel number has a name, or two files claim one channel of a case.
@@ -154,7 +155,7 @@ def prediction_cases(source: Path, channel_names: Mapping[int, str], file_ending
     if description is not None:
         channel_names = parse_channels(read_json(description, DatasetError), description)
     files = [source] if source.is_file() else _visible_files(source)
-    images = [path for path in files if source.is_file() and image_ending(path) or image_ending(path) == file_ending]
+    images = [path for path in files if image_ending(path)]
     found: dict[str, dict[int, Path]] = {}
     for path in images:
         case_id, number = split_channel(path)
@@ -164,7 +165,7 @@ def prediction_cases(source: Path, channel_names: Mapping[int, str], file_ending
     if not found:
         there = ", ".join(path.name for path in files[:5]) or "nothing"
         raise DatasetError(
-            f"{source} holds no image to predict; expected files such as case1_0000{file_ending} "
+            f"{source} holds no image to predict; expected files such as case1_0000.nii.gz "
             f"(channel 0, {channel_names.get(0, 'CT')}). Found: {there}."
         )
     named = {case: {n: path for n, path in numbers.items() if n in channel_names} for case, numbers in found.items()}
@@ -269,7 +270,8 @@ def is_safe_name(name: str) -> bool:
 
 def _visible_files(folder: Path) -> list[Path]:
     # Hidden files are half-written ones, or what a file manager left behind (._case_0000.nii.gz).
-    return sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+    # A link whose target is gone counts as a file: reading it fails by name, where leaving it out would be silent.
+    return sorted(path for path in folder.glob("*") if not path.is_dir() and not path.name.startswith("."))
 
 
 def _cases(
@@ -366,9 +368,10 @@ def _case_faults(task: Task, patients: Mapping[str, str]) -> Iterable[str]:
             if case.labels is None:
                 yield f"{case.case_id} has images but no labelsTr/{case.case_id}{task.file_ending}"
     training, held_out = {case.case_id for case in task.cases}, {case.case_id for case in task.held_out_cases}
-    yield from (f"{name} is in imagesTr and in imagesTs; keep it in one" for name in sorted(training & held_out))
+    both = training & held_out
+    yield from (f"{name} is in imagesTr and in imagesTs; keep it in one" for name in sorted(both))
     shared = {case.patient for case in task.cases} & {case.patient for case in task.held_out_cases}
-    yield from (f"patient {name} has cases in imagesTr and in imagesTs" for name in sorted(shared - training))
+    yield from (f"patient {name} has cases in imagesTr and in imagesTs" for name in sorted(shared - both))
     unknown = sorted(set(patients) - training - held_out)
     if unknown:
         yield f"dataset.json: patients names cases without images: {', '.join(unknown[:5])}"

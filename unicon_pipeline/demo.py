@@ -43,7 +43,7 @@ class DemoSize:
     minutes: dict[str, float]
 
 
-FULL = DemoSize(training_cases=24, test_cases=6, minutes={"Lesion_CT": 2.0, "Lesion_CTPET": 1.25})
+FULL = DemoSize(training_cases=24, test_cases=6, minutes={"Lesion_CT": 2.0, "Lesion_CTPET": 2.5})
 QUICK = DemoSize(training_cases=6, test_cases=2, minutes={"Lesion_CT": 0.2, "Lesion_CTPET": 0.2})
 
 # Minutes instead of an hour of training: smaller patches than planned and a higher rate than usual.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import SimpleITK as sitk
 
 from unicon_pipeline.contract import ZYX, SpacingZYX
 from unicon_pipeline.errors import DatasetError
-from unicon_pipeline.nifti import check_size, read_nifti
+from unicon_pipeline.nifti import MAX_DEFLATE_RATIO, check_size, inflated_bytes, read_nifti
 from unicon_pipeline.records import atomic_path
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -261,15 +263,18 @@ def _read(path: Path) -> tuple[np.ndarray, Grid]:
 
 
 def _read_with_itk(path: Path, ending: str) -> tuple[np.ndarray, np.ndarray]:
-    _check_text_header(path, ending)
+    header = _nrrd_header(path) if ending == ".nrrd" else _mha_header(path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if ending == ".nrrd" else "MetaImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        check_size(reader.GetSize(), path)
+        size = check_size(reader.GetSize(), path)
         components = reader.GetNumberOfComponents()
         if components != 1 or sitk.GetPixelIDValueAsString(reader.GetPixelID()).startswith("complex"):
             raise DatasetError(f"{path} holds {components} numbers per voxel; one was expected.")
+        width = sitk.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+        _check_length(path, ending, header, math.prod(size) * width)
         image = reader.Execute()
     except RuntimeError as problem:
         reason = str(problem).strip().splitlines()[-1].strip()
@@ -280,28 +285,44 @@ def _read_with_itk(path: Path, ending: str) -> tuple[np.ndarray, np.ndarray]:
     return sitk.GetArrayFromImage(image), affine
 
 
-def _check_text_header(path: Path, ending: str) -> None:
-    """Refuses headers that point to other files (they could name any), and short .mha files (ITK would print)."""
-    with open(path, "rb") as file:
-        block = file.read(_HEADER_TEXT_BYTES)
-    if ending == ".nrrd":
-        header = block.split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
-        if not block.startswith(b"NRRD") or b"data file:" in header or b"datafile:" in header:
-            raise DatasetError(f"{path} is not one whole NRRD file (header and voxels together).")
-        return
-    text, found, _ = block.partition(b"ElementDataFile = LOCAL")
-    fields = dict(line.split(" = ", 1) for line in text.decode("latin-1").splitlines() if " = " in line)
-    # A type this table lacks is left to ITK: one byte is the least that a voxel takes.
-    width = {"SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8}
-    try:
-        voxels = np.prod([int(n) for n in fields["DimSize"].split()], dtype=object)
-        expected = int(fields.get("CompressedDataSize", 0))
-        if fields.get("CompressedData", "False") == "False":
-            expected = voxels * width.get(fields["ElementType"].removeprefix("MET_"), 1)
-    except (KeyError, ValueError):
-        found = b""
-    if not found or path.stat().st_size < len(text) + len(found) + expected:
+def _nrrd_header(path: Path) -> bytes:
+    """The bytes before the voxels; refuses headers that point to other files (they could name any)."""
+    block = _first_bytes(path)
+    end = re.search(rb"\r?\n\r?\n", block)
+    header = block[: end.end()] if end else b""
+    if not header.startswith(b"NRRD") or re.search(rb"data ?file:", header.lower()):
+        raise DatasetError(f"{path} is truncated, or not one whole NRRD file (header and voxels together).")
+    return header
+
+
+def _mha_header(path: Path) -> bytes:
+    """As `_nrrd_header`; also refuses dimensions at which ITK would print."""
+    block = _first_bytes(path)
+    # The first mention counts, in a comment too: ITK and this check must not find different lines.
+    before, key, after = block.partition(b"ElementDataFile")
+    local = re.match(rb"[ \t]*[=:][ \t]*LOCAL[ \t\r]*\n", after)
+    number = re.search(rb"(?m)^NDims[ \t]*[=:][ \t]*(\d{1,2})[ \t\r]*$", before)
+    sizes = re.search(rb"(?m)^DimSize[ \t]*[=:]((?:[ \t]*\b\d{1,9}\b)+)[ \t\r]*$", before)
+    if not (local and number and sizes) or before[-1:] != b"\n" or len(sizes[1].split()) != int(number[1]):
         raise DatasetError(f"{path} is truncated, or not one whole MetaImage file (header and voxels together).")
+    check_size([int(size) for size in sizes[1].split()], path)
+    return before + key + local[0]
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_HEADER_TEXT_BYTES)
+
+
+def _check_length(path: Path, ending: str, header: bytes, expected: int) -> None:
+    """Refuses short files before anything is allocated; ITK fills what is missing with zeros, or prints."""
+    there = path.stat().st_size - len(header)
+    if ending == ".mha" and re.search(rb"(?m)^CompressedData[ \t]*[=:][ \t]*[Tt1]", header):
+        there = inflated_bytes(path, len(header), expected)
+    elif ending == ".nrrd" and not re.search(rb"(?mi)^encoding:[ \t]*raw", header):
+        there *= MAX_DEFLATE_RATIO
+    if there < expected:
+        raise DatasetError(f"{path} is truncated or corrupt: its header promises {expected} bytes of voxels.")
 
 
 def _grid_of(shape_zyx: tuple[int, ...], affine: np.ndarray, path: Path) -> Grid:

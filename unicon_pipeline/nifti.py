@@ -18,7 +18,7 @@ import numpy as np
 from unicon_pipeline.errors import DatasetError
 
 HEADER_BYTES = 348
-# Two billion voxels are past any scanner; a whole-body CT at 512 x 512 x 2000 has half a billion.
+# A billion voxels are past any scanner; a whole-body CT at 512 x 512 x 2000 has half of that.
 MAX_VOXELS = 1 << 30
 # Deflate cannot shrink data further than this.
 MAX_DEFLATE_RATIO = 1032
@@ -115,6 +115,22 @@ def check_size(sizes_xyz: list[int] | tuple[int, ...], path: Path) -> tuple[int,
     return x, y, z
 
 
+def inflated_bytes(path: Path, start: int, wanted: int) -> int:
+    """How many bytes, counted up to `wanted`, the zlib or gzip stream at byte `start` holds; 0 where it is damaged."""
+    stream, count = zlib.decompressobj(wbits=47), 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        try:
+            while count < wanted and not stream.eof:
+                block = stream.unconsumed_tail or file.read(1 << 16)
+                if not block:
+                    break
+                count += len(stream.decompress(block, 1 << 24))
+        except zlib.error:
+            return 0
+    return count
+
+
 def _affine_lps(block: bytes, order: str, path: Path) -> np.ndarray:
     pixdim = struct.unpack(order + "8f", block[76:108])
     qform_code, sform_code = struct.unpack(order + "2h", block[252:256])
@@ -124,7 +140,9 @@ def _affine_lps(block: bytes, order: str, path: Path) -> np.ndarray:
         affine[:3] = np.array(struct.unpack(order + "12f", block[280:328])).reshape(3, 4)
         to_lps = np.diag([-1.0, -1.0, 1.0, 1.0])
     elif qform_code > 0:
-        affine[:3, :3] = _rotation(quaternion[:3]) * np.abs(pixdim[1:4]) * (1.0, 1.0, -1.0 if pixdim[0] < 0 else 1.0)
+        with np.errstate(invalid="ignore"):
+            affine[:3, :3] = _rotation(quaternion[:3]) * np.abs(pixdim[1:4])
+        affine[:3, 2] *= -1.0 if pixdim[0] < 0 else 1.0
         affine[:3, 3] = quaternion[3:]
         to_lps = np.diag([-1.0, -1.0, 1.0, 1.0])
     else:
@@ -181,6 +199,8 @@ def _rescaled(array: np.ndarray, header: NiftiHeader) -> np.ndarray:
         return native
     exact_in_float32 = native.dtype.itemsize <= 2 or native.dtype == np.float32
     scaled = native.astype(np.float32 if exact_in_float32 else np.float64)
-    scaled *= header.slope
-    scaled += header.intercept
+    # Values beyond the type become infinite, and are counted by the reader of the image.
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled *= header.slope
+        scaled += header.intercept
     return scaled

@@ -108,7 +108,7 @@ def predict_folder(
     """
     folder = ModelFolder(model)
     predictor = Predictor(folder, tasks, device, precision, tta)
-    cases = prediction_cases(Path(source), predictor.channel_names(), ".nii.gz")
+    cases = prediction_cases(Path(source), predictor.channel_names())
     runs = []
     for case in progress_bar(cases, "predict", lambda case: case.case_id, len(cases)):
         runs.append(_run_case(predictor, case, Path(out), save_probabilities))
@@ -209,7 +209,7 @@ def _run_case(predictor: Predictor, case: Case, out: Path, save_probabilities: b
         for task in predictor.tasks:
             if reason := predictor.unusable(task, case.images):
                 run = dataclasses.replace(run, skipped={**run.skipped, task: reason})
-                logger.warning("%s: %s is skipped: it %s", case.case_id, task, reason)
+                logger.info("%s: %s is skipped: it %s", case.case_id, task, reason)
                 continue
             labels, probabilities, done = predictor.predict(task, images, save_probabilities)
             for name, volume in probabilities.items():

@@ -14,6 +14,7 @@ KEY_COLUMN = "case_id"
 _MOST_BYTES = 64 << 20
 _GAPS = {"", "na", "n/a", "nan", "none", "null"}
 _SHOWN_ROWS = 10
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs"}
 
 Cell = float | str | None
 
@@ -37,9 +38,13 @@ def read_table(path: Path) -> Table:
     rows = _rows(path)
     header = [name.strip() for name in rows[0]] if rows else []
     if KEY_COLUMN not in header:
-        hint = " It looks separated by semicolons: save it as comma-separated." if any(";" in h for h in header) else ""
+        other = next((word for mark, word in _OTHER_MARKS.items() if any(mark in name for name in header)), None)
+        hint = f" It looks separated by {other}: save it as comma-separated." if other else ""
         raise DatasetError(f"{path} has no column {KEY_COLUMN}; found: {', '.join(header) or 'nothing'}.{hint}")
-    twice = [name for name, count in Counter(header).items() if count > 1]
+    unnamed = [position for position, name in enumerate(header) if not name]
+    if any(row[position].strip() for row in rows[1:] for position in unnamed if position < len(row)):
+        raise DatasetError(f"{path}: column {unnamed[0] + 1} has cells and no name; name it or clear it.")
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
     if twice:
         raise DatasetError(f"{path}: the column {', '.join(twice)} occurs more than once.")
     body = [(number, row) for number, row in enumerate(rows[1:], start=2) if any(cell.strip() for cell in row)]
@@ -57,7 +62,7 @@ def read_table(path: Path) -> Table:
     columns = {
         name: _column([row[position].strip() for _, row in body])
         for position, name in enumerate(header)
-        if name != KEY_COLUMN
+        if name and name != KEY_COLUMN
     }
     return Table(tuple(ids), columns)
 
@@ -128,6 +133,9 @@ def _column(cells: list[str]) -> tuple[Cell, ...]:
 
 
 def _number(cell: str) -> float | None:
+    # Python would read the code 1_2 as 12.
+    if "_" in cell:
+        return None
     try:
         number = float(cell)
     except ValueError:
