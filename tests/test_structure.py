@@ -24,8 +24,8 @@ MAX_PARAMETERS = 9
 ORDER = """
     errors records contract registry decisions progress workers nifti geometry label_spec tables dataset
     phantom_scene phantom_render phantoms intensity resize fingerprint budget plan store preprocess extension_plan
-    device weights foundation stems adapters heads model model_folder losses augment loader training
-    metrics sliding_window verify extend pretrain export predict evaluate info demo option_types cli
+    device weights foundation stems adapters heads model model_folder losses augment loader metrics training
+    sliding_window verify extend pretrain export predict evaluate info demo option_types cli
 """.split()
 
 TORCH_FREE = """

@@ -8,7 +8,7 @@ import torch
 
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.extension_plan import Schedule
-from unicon_pipeline.training import Trainer
+from unicon_pipeline.training import Score, Trainer
 
 
 class Batches:
@@ -36,7 +36,7 @@ def trainer(tmp_path, steps=20, minutes=None, fingerprint="same", poison=None):
         return (error * float("nan") if batch["step"] == poison else error), torch.ones(2)
 
     made = Trainer(
-        {"weight": weight}, step_loss, lambda counts: float(counts[0]),
+        {"weight": weight}, step_loss, Score("share", lambda counts: float(counts[0] / counts[1])),
         Schedule(steps=steps, minutes=minutes, learning_rate=0.05, warmup_steps=4), torch.device("cpu"),
         torch.float32, tmp_path / "checkpoint.safetensors", fingerprint,
     )  # fmt: skip
@@ -52,6 +52,13 @@ def test_the_rate_warms_up_then_falls_towards_zero_at_the_end(tmp_path):
     assert made.rates[4:] == sorted(made.rates[4:], reverse=True)
     assert made.rates[-1] == pytest.approx(0.05 * (1 - 19 / 20) ** 0.9)
     assert result.history[-1]["step"] == 20
+
+
+def test_a_score_that_is_undefined_is_none_and_no_nan_that_json_would_refuse(tmp_path):
+    made = trainer(tmp_path, steps=3)
+    real = made.step_loss
+    made.step_loss = lambda batch: (real(batch)[0], torch.zeros(2))
+    assert made.run(Batches()).history[-1]["score"] is None
 
 
 def test_the_clock_ends_training_and_the_rate_follows_it(tmp_path):

@@ -7,7 +7,6 @@ compared file by file, bit by bit.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from unicon_pipeline.phantoms import case_seed, write_phantom_images, write_phan
 from unicon_pipeline.predict import predict_folder
 from unicon_pipeline.preprocess import plan_and_preprocess
 from unicon_pipeline.verify import verify
-
-logger = logging.getLogger(__name__)
 
 TASKS = {"Lesion_CT": ("CT",), "Lesion_CTPET": ("CT", "PET")}
 INPUTS = {"CT only": ("CT",), "PET only": ("PET",), "CT and PET": ("CT", "PET")}

@@ -41,7 +41,7 @@ from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_record, sha256_json, to_dict
 from unicon_pipeline.sliding_window import sliding_window_logits
 from unicon_pipeline.store import open_case, stored_case_ids
-from unicon_pipeline.training import Trainer, TrainingResult
+from unicon_pipeline.training import Score, Trainer, TrainingResult
 from unicon_pipeline.verify import probe
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class _Extension:
         trainer = Trainer(
             self.model.trained_state(),
             modality_dropped(self._step_loss, extension.schedule.modality_dropout, extension.seed),
-            dice_of_counts,
+            Score("Dice", dice_of_counts),
             extension.schedule,
             self.device,
             self.precision,

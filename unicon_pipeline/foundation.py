@@ -7,6 +7,7 @@ What it declares in its `FoundationSpec` is all that stems, heads and planner kn
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -19,21 +20,18 @@ from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.registry import Registry
 
 
-class Foundation(nn.Module):
-    """Base of every family.
-
-    A family sets `spec` and implements `project` and `stages`.
-    """
+class Foundation(nn.Module, ABC):
+    """Base of every family, which sets `spec` and implements `project` and `stages`."""
 
     spec: FoundationSpec
 
+    @abstractmethod
     def project(self, native_bczyx: Tensor) -> Tensor:
         """Native channels, in the order of `spec.input.modalities`, to the projection level."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stages(self, projected: Tensor) -> list[Tensor]:
         """Projection level to feature pyramid, finest first, as declared in `spec.pyramid`."""
-        raise NotImplementedError
 
     def forward(self, native_bczyx: Tensor | None, native_present: Tensor | None, added: Tensor | None) -> list[Tensor]:
         """Features of a batch whose modalities may differ from case to case.

@@ -29,13 +29,12 @@ from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.preprocess import plan_and_preprocess
 from unicon_pipeline.records import sha256_json, to_dict
 from unicon_pipeline.store import stored_case_ids
-from unicon_pipeline.training import Trainer
+from unicon_pipeline.training import Score, Trainer
 from unicon_pipeline.weights import canonical_state
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_FOLD = 0
-_GRADIENT_NORM = 1.0
 
 
 def pretrain(
@@ -133,10 +132,11 @@ def _train(
         right = ((logits > 0) == (wanted > 0.5)) & known
         return loss(logits, wanted), torch.stack((right.sum(), known.sum()))
 
+    accuracy = Score("accuracy", lambda counts: float(counts[0] / counts[1]))
+    fingerprint = sha256_json([to_dict(plan), to_dict(schedule), seed])
     trainer = Trainer(
-        canonical_state(classifier), step_loss, lambda counts: float(counts[0] / counts[1].clamp(min=1)), schedule,
-        device, choose_precision("auto", device), folder / "training.safetensors",
-        sha256_json([to_dict(plan), to_dict(schedule), seed]),
+        canonical_state(classifier), step_loss, accuracy, schedule, device, choose_precision("auto", device),
+        folder / "training.safetensors", fingerprint,
     )  # fmt: skip
     first_step = trainer.resume()
     classifier.train()

@@ -24,6 +24,7 @@ from unicon_pipeline.device import autocast
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.extension_plan import STEPS_PER_EPOCH, Schedule
 from unicon_pipeline.loader import BatchLoader
+from unicon_pipeline.metrics import finite_or_none
 from unicon_pipeline.weights import load_exactly, load_weights, read_metadata, save_weights
 
 logger = logging.getLogger(__name__)
@@ -33,12 +34,20 @@ _DECAY_EXPONENT = 0.9  # nnU-Net's
 
 
 @dataclass(frozen=True)
+class Score:
+    """The figure shown beside the loss, made of the counts that the steps of an epoch add up."""
+
+    name: str
+    of_counts: Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
 class TrainingResult:
-    """`history`: one record per epoch with step, loss, score and minutes."""
+    """`history`: one record per epoch with step, loss, score (None where undefined) and minutes."""
 
     steps: int
     minutes: float
-    history: tuple[dict[str, float], ...]
+    history: tuple[dict[str, float | None], ...]
 
 
 class Trainer:
@@ -47,7 +56,7 @@ class Trainer:
     Args:
         trained: the tensors to train, by name.
         step_loss: batch (with its `step`) -> (loss, counts): a scalar to minimise, and counts to sum over an epoch.
-        score: summed counts -> the figure shown beside the loss (Dice, say).
+        score: of the training data itself, with its augmentation, so a sign of progress and no more.
         checkpoint: a file; where it holds a cut run with the same `fingerprint`, that run goes on.
         fingerprint: digest of everything that must be equal for a run to go on.
     """
@@ -56,7 +65,7 @@ class Trainer:
         self,
         trained: dict[str, Tensor],
         step_loss: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
-        score: Callable[[Tensor], float],
+        score: Score,
         schedule: Schedule,
         device: torch.device,
         precision: torch.dtype,
@@ -150,11 +159,12 @@ class Trainer:
 
     def _report(self, losses: list[float], counts: Tensor, started: float) -> None:
         minutes, used = self._minutes(started), self._used(started)
-        loss, score = sum(losses) / len(losses), self.score(counts)
+        loss, score = sum(losses) / len(losses), finite_or_none(self.score.of_counts(counts))
         self.history.append({"step": self.step, "loss": loss, "score": score, "minutes": round(minutes, 3)})
         logger.info(
-            "step %5d  loss %.3f  training score %.3f  %.1f min, %.1f min left",
-            self.step, loss, score, minutes, minutes * (1.0 - used) / max(used, 1e-6),
+            "step %5d  loss %.3f  training %s %s  %.1f min, %.1f min left",
+            self.step, loss, self.score.name, "n/a" if score is None else f"{score:.3f}", minutes,
+            minutes * (1.0 - used) / max(used, 1e-6),
         )  # fmt: skip
 
     def _save(self, started: float) -> None:
