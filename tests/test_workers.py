@@ -72,7 +72,8 @@ def test_two_killed_processes_are_both_named():
 
 
 SLOW = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 from pathlib import Path
 from test_workers import work
 from unicon_pipeline.workers import each
@@ -97,7 +98,11 @@ def test_no_process_outlives_an_interrupted_run(tmp_path, number):
     children = descendants(run.pid)
     assert len(children) >= 2
     run.send_signal(number)
-    run.wait(5)
+    try:
+        run.wait(20)
+    finally:
+        run.kill()
+        run.wait()
     deadline = time.monotonic() + 5
     while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
         time.sleep(0.02)
