@@ -16,10 +16,30 @@ def test_choices():
     assert choose_precision("auto", CPU) in (torch.float32, torch.bfloat16)
     with pytest.raises(UniconError, match="fp16 needs a CUDA device"):
         choose_precision("fp16", CPU)
-    if not torch.cuda.is_available():
-        assert choose_device("auto") == CPU
+    with pytest.raises(UniconError, match="--precision int8: choose one of auto, fp32, bf16, fp16"):
+        choose_precision("int8", CPU)
+    with pytest.raises(UniconError, match="--device tpu: choose one of auto, cpu, cuda"):
+        choose_device("tpu")
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_cuda_is_taken_where_there_is_one_and_never_pretended(monkeypatch, available):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type == ("cuda" if available else "cpu")
+    if available:
+        assert choose_device("cuda").type == "cuda"
+    else:
         with pytest.raises(UniconError, match="no CUDA device"):
             choose_device("cuda")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_never_takes_an_emulated_precision(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    monkeypatch.setattr("unicon_pipeline.device.cpu_computes_bfloat16", lambda: native)
+    assert choose_precision("auto", torch.device("cuda")) is (torch.bfloat16 if native else torch.float16)
+    assert choose_precision("auto", CPU) is (torch.bfloat16 if native else torch.float32)
 
 
 def test_machine_facts_are_json():

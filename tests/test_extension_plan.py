@@ -51,11 +51,33 @@ def test_a_new_modality_brings_a_stem_and_a_known_one_reuses_it():
     assert not extension(modalities=("CT",)).stems
 
 
-def test_a_stem_reaches_down_to_a_coarse_projection():
-    pyramid = tuple(FeatureLevel((s // 2, s, s), 8, 8) for s in (4, 8, 16))
-    spec = dataclasses.replace(SPEC, projection=FeatureLevel((1, 2, 2), 8, 8), pyramid=pyramid)
+@pytest.mark.parametrize(
+    "projection, pyramid, strides",
+    [
+        ((1, 2, 2), [(2, 4, 4), (4, 8, 8)], ((1, 1, 1), (1, 2, 2), (2, 4, 4))),
+        ((2, 4, 4), [(2, 4, 4), (4, 8, 8)], ((1, 1, 1), (2, 2, 2), (2, 4, 4))),
+        ((16, 16, 16), [(16, 16, 16)], tuple((2**n,) * 3 for n in range(5))),
+        ((1, 1, 1), [(1, 1, 1), (2, 2, 2)], ((1, 1, 1), (2, 2, 2))),
+    ],
+)
+def test_a_stem_goes_down_to_the_projection_without_leaping_over_voxels(projection, pyramid, strides):
+    levels = tuple(FeatureLevel(stride, 8, 8) for stride in pyramid)
+    own = dataclasses.replace(SPEC.input, divisible_by_zyx=pyramid[-1])
+    spec = dataclasses.replace(SPEC, input=own, projection=FeatureLevel(projection, 8, 8), pyramid=levels)
     (stem,) = extension(spec=spec).new_stems
-    assert stem.strides_zyx[:2] == ((1, 1, 1), (1, 2, 2)) and len(stem.features) == len(stem.strides_zyx)
+    assert stem.strides_zyx == strides and len(stem.features) == len(strides)
+    assert list(stem.features) == sorted(stem.features)
+
+
+def test_a_modality_whose_name_cannot_name_a_stem_is_refused():
+    with pytest.raises(PlanError, match=r"modality T1\.5 cannot have a stem: rename it"):
+        extension(modalities=("CT", "T1.5"))
+
+
+def test_stems_come_in_the_order_of_the_modalities():
+    plan = extension(known=(PET,), modalities=("MR", "PET", "CT"))
+    assert [stem.modality for stem in plan.stems] == ["MR", "PET"]
+    assert plan.new_stems[0].modality == "MR" and plan.reused_stems == (PET,)
 
 
 def test_modality_dropout_only_where_there_is_something_to_drop():
@@ -67,7 +89,7 @@ def test_folds():
     held_out = extension(fold=1)
     assert held_out.validation_cases == ("c", "d") and held_out.training_cases == ("a", "b")
     assert extension().training_cases == CASES and extension().validation_cases == ()
-    for fold in (2, -1):
+    for fold in (2, -1, "1", "any"):
         with pytest.raises(PlanError, match="folds 0 to 1, or 'all'"):
             extension(fold=fold)
     with pytest.raises(PlanError, match="leaves no preprocessed case"):
@@ -86,10 +108,32 @@ def test_other_task_types_are_told_what_they_can_do():
         extension(task_type="classification", labels=None)
 
 
+def test_cases_that_failed_to_preprocess_are_in_neither_part():
+    stored = ("a", "d")
+    plan = plan_extension(data_plan(), SPEC, {}, stored, schedule_for(None, 1), 1, 0)
+    assert (plan.training_cases, plan.validation_cases) == (("a",), ("d",))
+
+
+def test_inputs_are_left_as_they_are():
+    known, schedule, plan = {"PET": PET}, schedule_for(None, 1), data_plan()
+    plan_extension(plan, SPEC, known, CASES, schedule, 0, 0)
+    assert known == {"PET": PET} and schedule == schedule_for(None, 1) and plan == data_plan()
+
+
+def test_overlapping_regions_are_said_to_be_so():
+    regions = Labels(("whole", "core"), ((1, 2), (2,)), True, (1, 2), None)
+    plan = extension(labels=regions)
+    assert plan.head.output_channels == 2 and "one sigmoid each" in format_extension(plan)
+    assert extension().head.output_channels == 2 and "softmax with background" in format_extension(extension())
+
+
 def test_a_changed_task_must_be_planned_again(tmp_path):
     task = type("Task", (), {"name": "T", "folder": tmp_path, "modalities": ("CT",), "labels": LABELS})
     with pytest.raises(PlanError, match="has changed since T was planned"):
         check_trainable(task, data_plan())
+    with pytest.raises(PlanError, match=r"dataset\.json has changed"):
+        check_trainable(task, data_plan(modalities=("CT",), labels=dataclasses.replace(LABELS, ignore=2)))
+    check_trainable(task, data_plan(modalities=("CT",)))
 
 
 def test_round_trip_and_table(tmp_path):

@@ -1,171 +1,295 @@
-"""Stems, heads and the task model: contracts over everything that is registered."""
+"""The task model: what a stem, an adapter and a head change, and what they never do."""
+
+import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
-from unicon_pipeline.contract import FeatureLevel
+from unicon_pipeline.contract import CT_HU_RULE, FeatureLevel, FoundationSpec, InputContract, filled_strides
+from unicon_pipeline.errors import UniconError
 from unicon_pipeline.extension_plan import AdapterPlan, ExtensionPlan, HeadPlan, Schedule, StemPlan
-from unicon_pipeline.foundation import build_foundation, new_residual_encoder_spec
-from unicon_pipeline.heads import HEADS, Features, SkipLevel, UNetHead, skip_levels
-from unicon_pipeline.model import build_task_model
-from unicon_pipeline.stems import STEMS
+from unicon_pipeline.foundation import Foundation, build_foundation, new_residual_encoder_spec
+from unicon_pipeline.heads import HEADS
+from unicon_pipeline.model import TaskModel, build_stem, build_task_model
 
-SPEC = new_residual_encoder_spec("none", {})
-PET = StemPlan("PET", "residual_stem", ((1, 1, 1), (2, 2, 2), (4, 4, 4)), (8, 16, 16))
+STRIDES = {
+    "full resolution": ((1, 1, 1), (2, 2, 2), (2, 2, 2)),
+    "anisotropic": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+    "half in plane": ((1, 2, 2), (2, 2, 2)),
+    "coarse": ((2, 4, 4), (2, 2, 2)),
+}
+SPECS = {name: new_residual_encoder_spec("none", {}, (4, 6, 8)[: len(s)], s) for name, s in STRIDES.items()}
+SPEC = SPECS["anisotropic"]
+SUBSETS = ([True, True], [True, False], [False, True])
 BOTH = torch.tensor([[True, True]])
+CT_ONLY = torch.tensor([[True, False]])
+PET_ONLY = torch.tensor([[False, True]])
 
 
-def extension(**changes):
+def pet_stem(spec=SPEC, modality="PET"):
+    strides = filled_strides(level.stride_zyx for level in spec.pyramid)[:3]
+    return StemPlan(modality, "residual_stem", strides, (3, 4, 5)[: len(strides)])
+
+
+def extension(spec=SPEC, **changes):
     plan = {
-        "task": "T", "modalities": ("CT", "PET"), "new_stems": (PET,), "reused_stems": (),
+        "task": "T", "modalities": ("CT", "PET"), "new_stems": (pet_stem(spec),), "reused_stems": (),
         "adapter": AdapterPlan("low_rank", 2, 4.0), "head": HeadPlan("unet", 3, {}),
         "schedule": Schedule(1, None), "training_cases": ("a",), "validation_cases": (), "seed": 0, "decisions": (),
     }  # fmt: skip
     return ExtensionPlan(**{**plan, **changes})
 
 
-@pytest.fixture
-def model():
+def build(spec=SPEC, **changes):
     torch.manual_seed(0)
-    return build_task_model(extension(), build_foundation(SPEC), {})
+    return build_task_model(extension(spec, **changes), build_foundation(spec), {})
 
 
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(2, 2, 32, 32, 16, generator=torch.Generator().manual_seed(2))
+def images_for(spec, channels=2, batch=2):
+    shape = tuple(2 * divisor for divisor in spec.input.divisible_by_zyx)
+    return torch.randn(batch, channels, *shape, generator=torch.Generator().manual_seed(2))
 
 
-def open_gate(model):
+@pytest.fixture(params=sorted(SPECS))
+def model(request):
+    return build(SPECS[request.param])
+
+
+@pytest.fixture
+def images(model):
+    return images_for(model.foundation.spec)
+
+
+def opened(model):
+    """All that starts at zero is moved away from it."""
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        model.stems["PET"].gate.fill_(0.5)
+        for stem in model.stems.values():
+            stem.gate.normal_(generator=generator)
+        for parameter in (*model.adapter.up, *model.adapter.shift):
+            parameter.normal_(std=0.1, generator=generator)
+    return model
 
 
-@pytest.mark.parametrize("kind", sorted(STEMS))
-def test_a_stem_gives_what_it_declares(kind):
-    stem = STEMS[kind](SPEC.projection, PET.strides_zyx, PET.features)
-    projected, skips = stem(torch.randn(1, 1, 16, 32, 16))
-    assert projected.shape == (1, SPEC.projection.channels, 16, 32, 16) and not projected.any()
-    for skip, level in zip(skips, stem.levels, strict=True):
-        size = tuple(n // s for n, s in zip((16, 32, 16), level.stride_zyx, strict=True))
-        assert skip.shape == (1, level.channels, *size)
+def as_tensor(output):
+    return output[0] if isinstance(output, list) else output
 
 
-def test_a_stem_for_a_projection_that_is_coarser_than_the_input():
-    stem = STEMS["residual_stem"](FeatureLevel((1, 2, 2), 12, 12), ((1, 1, 1), (1, 2, 2)), (4, 8))
-    projected, skips = stem(torch.randn(1, 1, 8, 16, 16))
-    assert projected.shape == (1, 12, 8, 8, 8) and skips[0].shape == (1, 4, 8, 16, 16)
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_on_the_day_a_stem_arrives_ct_features_are_exactly_the_old_ones(model, images):
-    old = model.foundation(images[:1, :1], None, None)
-    with_pet = model.features(images[:1], BOTH)
-    without = model.features(images[:1], torch.tensor([[True, False]]))
+    old = model.foundation(images[:, :1], None, None)
+    with_pet = model.features(images, BOTH.expand(2, 2))
+    without = model.features(images, CT_ONLY.expand(2, 2))
+    mixed = model.features(images, torch.cat((BOTH, CT_ONLY)))
     assert "PET" in with_pet.stems and not without.stems
-    for level, both, alone in zip(old, with_pet.pyramid, without.pyramid, strict=True):
-        assert torch.equal(level, both) and torch.equal(level, alone)
+    assert all(same(old, features.pyramid) for features in (with_pet, without, mixed))
 
 
-def test_a_modality_that_is_absent_costs_nothing_and_changes_nothing(model, images):
-    open_gate(model)
+def test_an_absent_modality_is_not_computed_and_not_read(model, images):
+    opened(model)
     model.stems["PET"].register_forward_hook(lambda *_: pytest.fail("the stem of an absent modality ran"))
-    only_ct = torch.tensor([[True, False]])
-    other_pet = images[:1].clone()
+    other_pet = images.clone()
     other_pet[:, 1] = 7.0
-    assert torch.equal(model(images[:1], only_ct)[0], model(other_pet, only_ct)[0])
+    present = CT_ONLY.expand(2, 2)
+    assert same(model(images, present), model(other_pet, present))
 
 
 def test_pet_alone_is_an_input_once_the_gate_is_open(model, images):
-    open_gate(model)
-    only_pet = torch.tensor([[False, True]])
-    one, other = model(images[:1], only_pet)[0], model(images[1:], only_pet)[0]
-    assert not torch.allclose(one, other)
-    other_ct = images[:1].clone()
+    opened(model)
+    model.foundation.encoder.stem.register_forward_hook(lambda *_: pytest.fail("the projection of an absent CT ran"))
+    alone = model.features(images, PET_ONLY.expand(2, 2)).pyramid
+    assert all((level[0] - level[1]).abs().max() > 1e-3 for level in alone)
+    other_ct = images.clone()
     other_ct[:, 0] = 3.0
-    assert torch.equal(one, model(other_ct, only_pet)[0])
+    assert same(alone, model.features(other_ct, PET_ONLY.expand(2, 2)).pyramid)
 
 
-def test_a_mixed_batch_equals_its_cases_one_by_one(model, images):
-    open_gate(model)
-    model.eval()
-    for first in ([True, True], [True, False], [False, True]):
-        for second in ([True, True], [True, False], [False, True]):
+@pytest.mark.parametrize("kind", sorted(HEADS))
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_mixed_batch_equals_its_cases_one_by_one(spec, kind):
+    model = opened(build(spec, head=HeadPlan(kind, 3, {}))).double().eval()
+    images = images_for(spec).double()
+    for first in SUBSETS:
+        for second in SUBSETS:
             present = torch.tensor([first, second])
             masked = images * present[:, :, None, None, None]
-            together = model(masked, present)[0]
+            together = as_tensor(model(masked, present))
             for row in range(2):
-                alone = model(masked[row : row + 1], present[row : row + 1])[0]
-                torch.testing.assert_close(together[row : row + 1], alone, atol=2e-5, rtol=1e-4)
+                alone = as_tensor(model(masked[row : row + 1], present[row : row + 1]))
+                torch.testing.assert_close(together[row : row + 1], alone, atol=1e-9, rtol=0)
 
 
 def test_everything_new_gets_a_gradient_and_nothing_old_does(model, images):
-    open_gate(model)
-    with torch.no_grad():
-        for up in model.adapter.up:
-            up.normal_()
+    opened(model)
     outputs = model.train()(images, BOTH.expand(2, 2), every_level=True)
-    sum(output.square().mean() for output in outputs).backward()
+    sum((output * torch.randn_like(output)).mean() for output in outputs).backward()
     trained = model.trained_state()
     assert not [name for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not any(parameter.requires_grad for parameter in model.foundation.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in model.foundation.parameters())
     assert {name.split(".")[0] for name in trained} == {"adapter", "head", "stems"}
 
 
-def test_frozen_parts_stay_in_evaluation_mode(images):
-    foundation = build_foundation(SPEC)
-    first = build_task_model(extension(), foundation, {})
-    second = build_task_model(extension(new_stems=(), reused_stems=(PET,)), foundation, dict(first.stems))
-    second.train()
-    assert second.head.training
-    assert not any(m.training for m in second.foundation.modules())
-    assert not any(m.training for m in second.stems.modules() if m is not second.stems)
-    assert not any(name.startswith("stems.") for name in second.trained_state())
+def test_the_first_step_opens_the_gate(model, images):
+    outputs = model.train()(images, BOTH.expand(2, 2))
+    sum((output * torch.randn_like(output)).mean() for output in outputs).backward()
+    assert model.stems["PET"].gate.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.adapter.up)
 
 
-def test_merged_predicts_the_same(model, images):
-    open_gate(model)
+def test_trained_state_holds_each_new_tensor_once(model):
+    trained = model.trained_state()
+    parts = (model.adapter, model.head, model.stems["PET"])
+    assert len({id(t) for t in trained.values()}) == len({t.data_ptr() for t in trained.values()}) == len(trained)
+    assert {id(t) for t in trained.values()} == {id(p) for part in parts for p in part.parameters()}
+
+
+class TestReusedStems:
+    @pytest.fixture
+    def second(self):
+        first = opened(build())
+        plan = extension(new_stems=(), reused_stems=(pet_stem(),))
+        return build_task_model(plan, first.foundation, dict(first.stems))
+
+    def test_they_are_frozen_and_not_trained_again(self, second):
+        assert not any(name.startswith(("stems.", "foundation.")) for name in second.trained_state())
+        assert not any(parameter.requires_grad for parameter in second.stems.parameters())
+
+    def test_frozen_parts_stay_in_evaluation_mode(self, second):
+        second.train()
+        assert second.head.training and second.adapter.training
+        assert not any(m.training for part in (second.foundation, second.stems["PET"]) for m in part.modules())
+        second.eval()
+        assert not any(m.training for m in second.modules())
+
+    def test_an_old_and_a_new_stem_side_by_side(self):
+        first = opened(build())
+        plan = extension(
+            modalities=("CT", "PET", "MR"), new_stems=(pet_stem(modality="MR"),), reused_stems=(pet_stem(),)
+        )
+        model = build_task_model(plan, first.foundation, dict(first.stems)).train()
+        assert model.stems["MR"].training and not model.stems["PET"].training
+        assert {n.split(".")[1] for n in model.trained_state() if n.startswith("stems.")} == {"MR"}
+        images = images_for(SPEC, channels=3)
+        old = first.features(images[:, :2], BOTH.expand(2, 2)).pyramid  # with the first task's adapter
+        model.adapter.load_state_dict(first.adapter.state_dict())
+        assert same(old, model.features(images, torch.tensor([[True] * 3] * 2)).pyramid)
+
+
+class TestMerged:
+    def test_it_predicts_the_same(self, model, images):
+        opened(model).eval()
+        for subset in SUBSETS:
+            present = torch.tensor([subset, subset])
+            assert same(model.merged()(images, present), model(images, present))
+
+    def test_without_an_adapter_too(self):
+        model, images = build(adapter=None).eval(), images_for(SPEC)
+        assert same(model.merged()(images, BOTH.expand(2, 2)), model(images, BOTH.expand(2, 2)))
+
+    def test_it_is_a_frozen_copy_and_training_goes_on(self, model):
+        before = {name: (p.clone(), p.requires_grad) for name, p in model.train().named_parameters()}
+        modes = [module.training for module in model.modules()]
+        merged = model.merged()
+        assert not any(m.training for m in merged.modules()) and not any(p.requires_grad for p in merged.parameters())
+        assert modes == [module.training for module in model.modules()]
+        with torch.no_grad():
+            for parameter in merged.parameters():
+                parameter.add_(1.0)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1], name
+
+
+class BatchNormFoundation(Foundation):
+    """A family with running statistics."""
+
+    def __init__(self, spec: FoundationSpec):
+        super().__init__()
+        self.spec = spec
+        self.projection = nn.Sequential(nn.Conv3d(len(spec.input.modalities), 4, 3, padding=1), nn.BatchNorm3d(4))
+        self.stage = nn.Sequential(nn.Conv3d(4, 6, 3, 2, 1), nn.BatchNorm3d(6), nn.ReLU())
+
+    def project(self, native_bczyx):
+        return self.projection(native_bczyx)
+
+    def stages(self, projected):
+        return [projected, self.stage(projected)]
+
+
+def batch_norm_model(native=("CT",), modalities=("CT", "PET")):
+    levels = FeatureLevel((1, 1, 1), 4, 4), FeatureLevel((2, 2, 2), 6, 6)
+    contract = InputContract(native, "LPS", None, None, (2, 2, 2), dict.fromkeys(native, CT_HU_RULE))
+    spec = FoundationSpec("batch_norm", {}, contract, "pyramid", levels[0], levels, 6, 1.0, "none")
+    stem = (StemPlan("PET", "residual_stem", ((1, 1, 1), (2, 2, 2)), (3, 4)),) if "PET" in modalities else ()
+    torch.manual_seed(0)
+    plan = extension(modalities=modalities, new_stems=stem)
+    return build_task_model(plan, BatchNormFoundation(spec), {})
+
+
+def test_running_statistics_of_the_foundation_never_move():
+    model = opened(batch_norm_model()).train()
+    before = {name: buffer.clone() for name, buffer in model.foundation.named_buffers()}
+    assert before
+    for present in (BOTH, CT_ONLY, PET_ONLY):
+        model(torch.randn(2, 2, 4, 4, 4) + 5, present.expand(2, 2))[0].sum().backward()
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.foundation.named_buffers())
+    assert not any(name.startswith("foundation") for name in model.trained_state())
+
+
+class TestSeveralNativeModalities:
+    def test_channels_go_by_name_and_not_by_position(self):
+        model = opened(batch_norm_model(("CT", "MR"), ("PET", "MR", "CT")))
+        images = torch.randn(2, 3, 4, 4, 4)
+        everything = torch.ones(2, 3, dtype=torch.bool)
+        added, _ = model.stems["PET"](images[:, :1])
+        expected = model.adapter(model.foundation, images[:, [2, 1]], None, added)
+        assert same(expected, model.features(images, everything).pyramid)
+
+    def test_one_that_the_task_lacks_is_a_missing_summand(self):
+        model = opened(batch_norm_model(("CT", "MR"), ("MR",)))
+        images = torch.randn(2, 1, 4, 4, 4)
+        padded = torch.cat((torch.zeros_like(images), images), dim=1)
+        expected = model.adapter(model.foundation, padded, None, None)
+        assert same(expected, model.features(images, torch.ones(2, 1, dtype=torch.bool)).pyramid)
+
+    def test_a_task_without_any_lives_on_its_stems(self):
+        model = opened(batch_norm_model(("CT",), ("PET",)))
+        model.foundation.projection.register_forward_hook(lambda *_: pytest.fail("there is nothing to project"))
+        assert model(torch.randn(2, 1, 4, 4, 4), torch.ones(2, 1, dtype=torch.bool))[0].shape == (2, 3, 4, 4, 4)
+
+
+def test_a_plan_and_its_weights_make_the_same_model_again():
+    model, again = opened(build()).eval(), build().eval()
     with torch.no_grad():
-        for up in model.adapter.up:
-            up.normal_(std=0.1)
-    model.eval()
-    assert torch.equal(model.merged()(images, BOTH.expand(2, 2))[0], model(images, BOTH.expand(2, 2))[0])
+        for tensor in again.trained_state().values():
+            tensor.zero_()
+    for name, tensor in model.trained_state().items():
+        again.trained_state()[name].data.copy_(tensor)
+    images = images_for(SPEC)
+    assert same(model(images, BOTH.expand(2, 2)), again(images, BOTH.expand(2, 2)))
 
 
-class TestHeads:
-    def test_every_head_is_under_contract(self):
-        assert set(HEADS) == {"unet", "pooled_linear"}
+def test_a_stem_is_built_for_the_projection_of_its_foundation():
+    foundation = build_foundation(SPEC)
+    stem = build_stem(pet_stem(), foundation)
+    projected, _ = stem(torch.randn(1, 1, 4, 8, 8))
+    assert projected.shape == foundation.project(torch.randn(1, 1, 4, 8, 8)).shape
 
-    @pytest.mark.parametrize(
-        "levels",
-        [
-            (((1, 1, 1), 4), ((2, 2, 2), 6), ((4, 4, 4), 8)),
-            (((1, 2, 2), 6), ((2, 4, 4), 8)),
-            (((2, 4, 4), 6), ((4, 8, 8), 8)),
-            (((8, 8, 8), 16),),
-        ],
-        ids=["full resolution", "half in plane", "coarse", "tokens"],
-    )
-    def test_a_decoder_reaches_full_resolution_from_any_pyramid(self, levels):
-        declared = tuple(SkipLevel(stride, channels) for stride, channels in levels)
-        spec = type("Spec", (), {"pyramid": [FeatureLevel(s, c, c) for s, c in levels]})
-        filled = skip_levels(spec, {})
-        assert filled[0].stride_zyx == (1, 1, 1) and set(declared) <= set(filled)
-        for fine, coarse in zip(filled, filled[1:], strict=False):
-            assert all(c in (f, 2 * f) for f, c in zip(fine.stride_zyx, coarse.stride_zyx, strict=True))
-        head = UNetHead(filled, 2)
-        shape = (16, 32, 16)
-        pyramid = [torch.randn(1, c, *(n // s for n, s in zip(shape, stride, strict=True))) for stride, c in levels]
-        outputs = head(Features(pyramid, {}), every_level=True)
-        assert outputs[0].shape == (1, 2, *shape)
-        for output, stride in zip(outputs, head.supervised_strides, strict=True):
-            assert output.shape[2:] == tuple(n // s for n, s in zip(shape, stride, strict=True))
-        sum(output.square().mean() for output in outputs).backward()
-        assert not [name for name, p in head.named_parameters() if p.grad is None]
-        assert len(head(Features(pyramid, {}))) == 1
 
-    def test_an_absent_stem_counts_as_zeros(self, model, images):
-        model.eval()
-        features = model.features(images[:1], torch.tensor([[True, False]]))
-        levels = model.stems["PET"].levels
-        sizes = [[n // s for n, s in zip(images.shape[2:], level.stride_zyx, strict=True)] for level in levels]
-        zeros = [torch.zeros(1, level.channels, *size) for level, size in zip(levels, sizes, strict=True)]
-        assert torch.equal(model.head(features)[0], model.head(Features(features.pyramid, {"PET": zeros}))[0])
+def test_unknown_kinds_list_what_there_is():
+    for change, message in (
+        ({"head": HeadPlan("cox", 1, {})}, "Unknown head 'cox'.*unet"),
+        ({"adapter": AdapterPlan("full", 2, 4.0)}, "Unknown adapter 'full'.*low_rank"),
+        ({"new_stems": (dataclasses.replace(pet_stem(), kind="vit"),)}, "Unknown stem 'vit'.*residual_stem"),
+    ):
+        with pytest.raises(UniconError, match=message):
+            build(**change)
+
+
+def test_the_foundation_is_shared_and_not_copied():
+    foundation = build_foundation(SPEC)
+    models = [build_task_model(extension(), foundation, {}) for _ in range(2)]
+    assert all(isinstance(m, TaskModel) and m.foundation is foundation for m in models)

@@ -132,3 +132,12 @@ def test_mirroring_is_done_and_recorded(grown, after, tmp_path):
     name = "probabilities/phantom_0003_lesion.nii.gz"
     one, other = read_image(out / "CT" / name).array_zyx, read_image(tmp_path / "CT" / name).array_zyx
     assert np.abs(one - other).max() > 0
+
+
+def test_a_pet_that_is_not_in_suv_is_refused(grown, tmp_path):
+    pet = sitk.ReadImage(str(grown.raw("CTPET") / "imagesTr" / "phantom_0001_0001.nii.gz"))
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(pet * 4000.0, str(tmp_path / "in" / "bq_0001.nii.gz"))
+    report = predict_folder(tmp_path / "in", tmp_path / "out", grown.model, tasks=["CTPET"], device="cpu")
+    assert report.exit_code == 2
+    assert "bq_0001.nii.gz" in report.cases[0].failure and "SUV" in report.cases[0].failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -56,12 +56,19 @@ def test_round_trip_is_exact(tmp_path):
     "change, message",
     [
         ({"colour": 1}, "unknown field colour; known are inner, several"),
-        ({"flag": 1}, "r.json: flag: expected <class 'bool'>, found 1"),
-        ({"table": {"x": "1"}}, r"table\['x'\]: expected <class 'float'>, found '1'"),
+        ({"flag": 1}, "r.json: flag: expected bool, found 1"),
+        ({"table": {"x": "1"}}, r"table\['x'\]: expected float, found '1'"),
         ({"inner": {"pair": [1, 2, 3]}}, "inner: pair: expected"),
-        ({"inner": {"pair": [True, 2.0]}}, r"pair\[0\]: expected <class 'int'>"),
+        ({"inner": {"pair": [True, 2.0]}}, r"pair\[0\]: expected int"),
         ({"several": [{"pair": [1, 2], "x": 0}]}, r"several\[0\]: unknown field x"),
         ({"several": {}}, "several: expected"),
+        ({"table": {"x": float("nan")}}, r"table\['x'\]: expected float, found nan"),
+        ({"table": {"x": float("inf")}}, r"table\['x'\]: expected float, found inf"),
+        ({"table": {"x": 10**400}}, r"table\['x'\]: expected float, found 1000"),
+        ({"table": {"x": "long " * 10_000}}, r"table\['x'\]: expected float, found .{5,60}$"),
+        ({"perhaps": 1}, "perhaps: expected an object with the fields of Inner, found int"),
+        ({"free": None}, "free: expected"),
+        ({"schema_version": "2"}, "schema_version: expected int, found '2'"),
         ({"schema_version": 3}, "schema version 3, this installation reads up to 2: upgrade"),
     ],
 )
@@ -79,7 +86,26 @@ def test_missing_fields_are_named():
         from_dict(Outer, [], "r.json", CheckpointError)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00"])
+def test_an_older_schema_version_and_fields_with_a_default_may_be_missing():
+    payload = {**to_dict(OUTER), "schema_version": 1}
+    del payload["free"], payload["flag"]
+    assert from_dict(Outer, payload, "r.json") == replace(OUTER, schema_version=1)
+
+
+def test_what_a_record_refuses_itself_is_an_error_with_its_place():
+    @dataclass(frozen=True)
+    class Positive:
+        number: int
+
+        def __post_init__(self):
+            if self.number < 1:
+                raise ValueError(f"{self.number} is too small.")
+
+    with pytest.raises(PlanError, match=r"^r\.json: 0 is too small\.$"):
+        from_dict(Positive, {"number": 0}, "r.json", PlanError)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00", "9" * 5000], ids=lambda text: text[:3])
 def test_what_is_no_json_is_an_error_that_names_the_file(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(PlanError, match=r"bad\.json is not valid JSON"):
@@ -88,7 +114,7 @@ def test_what_is_no_json_is_an_error_that_names_the_file(tmp_path, text):
         read_json(tmp_path / "none.json", PlanError)
 
 
-def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "new folder" / "x.json"
     write_json(path, {"old": 1})
     with pytest.raises(KeyboardInterrupt), atomic_path(path) as aside:
@@ -96,6 +122,9 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(ValueError):
         write_json(path, {"new": float("nan")})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(path.parent) == ["x.json"]
 
@@ -106,6 +135,15 @@ def test_written_files_have_the_mode_that_the_umask_gives(tmp_path):
         aside.write_text("x")
         aside.chmod(0o600)
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_old_file_stays_readable_while_the_new_one_is_written(tmp_path):
+    (tmp_path / "x.nii.gz").write_text("old")
+    with atomic_path(tmp_path / "x.nii.gz") as aside:
+        aside.write_text("new")
+        assert aside.parent == tmp_path and aside.name.endswith(".nii.gz")
+        assert (tmp_path / "x.nii.gz").read_text() == "old"
+    assert (tmp_path / "x.nii.gz").read_text() == "new"
 
 
 def test_digests(tmp_path):

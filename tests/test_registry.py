@@ -1,8 +1,7 @@
-"""Registries and decision tables."""
+"""Registries: one name, one part."""
 
 import pytest
 
-from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.registry import Registry
 
@@ -11,16 +10,15 @@ def test_names_are_unique_and_unknown_ones_list_the_choices():
     parts = Registry("part")
     parts.register("b")(int)
     assert parts.register("a")(str) is str
-    assert list(parts) == ["a", "b"] and parts["b"] is int
+    assert list(parts) == ["a", "b"] and parts["b"] is int and "c" not in parts
     with pytest.raises(ValueError, match="'a' is registered twice"):
         parts.register("a")(float)
+    assert parts["a"] is str
     with pytest.raises(UniconError, match="Unknown part 'c'; this installation has: a, b"):
         parts["c"]
 
 
-def test_a_table_of_decisions_keeps_every_word_within_120_columns():
-    long = Decision("spacing", "1 x 2 x 3 mm", "because " + "of this and that " * 20)
-    text = format_decisions("Plan", (Decision("cases", "3", "all usable"), long))
-    lines = text.splitlines()
-    assert lines[0] == "Plan" and max(map(len, lines)) <= 120
-    assert " ".join(text.split()).count("of this and that") == 20
+def test_registries_do_not_share_their_parts():
+    one, other = Registry("one"), Registry("other")
+    one.register("a")(int)
+    assert list(one) == ["a"] and not list(other)

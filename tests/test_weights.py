@@ -18,6 +18,30 @@ def test_aliases_count_once():
     assert sum(t.numel() for t in state.values()) == sum(p.numel() for p in foundation.parameters())
 
 
+def test_state_is_parameters_and_stored_buffers_themselves():
+    network = nn.Sequential(nn.BatchNorm3d(2), nn.Linear(2, 2), nn.Linear(2, 2))
+    network[2].weight = network[1].weight
+    network.register_buffer("derived", torch.ones(1), persistent=False)
+    state = canonical_state(network)
+    assert set(state) == {
+        "0.weight", "0.bias", "0.running_mean", "0.running_var", "0.num_batches_tracked", "1.weight", "1.bias", "2.bias"
+    }  # fmt: skip
+    assert state["1.weight"] is network[1].weight and state["0.running_mean"] is network[0].running_mean
+
+
+def test_what_was_saved_loads_into_a_network_with_tied_weights(tmp_path):
+    def tied():
+        network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        network[1].weight = network[0].weight
+        return network
+
+    one, other = tied(), tied()
+    save_weights(tmp_path / "w", canonical_state(one))
+    load_exactly(canonical_state(other), load_weights(tmp_path / "w"), "w")
+    assert other[1].weight is other[0].weight
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
 def test_round_trip_and_the_same_bytes_each_time(tmp_path):
     state = {"b": torch.randn(3, 4).T, "a": torch.arange(5), "n": nn.Parameter(torch.ones(2))}
     save_weights(tmp_path / "one", state, {"note": "x"})
@@ -65,5 +89,16 @@ def test_a_truncated_file_is_refused(tmp_path):
     (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_weights(tmp_path / "w")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_weights(tmp_path / "none")
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_weights(path)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_metadata(path)
+
+
+def test_a_failed_write_leaves_the_old_weights(tmp_path):
+    save_weights(tmp_path / "w", {"a": torch.ones(2)})
+    with pytest.raises(AttributeError):
+        save_weights(tmp_path / "w", {"a": torch.zeros(2), "b": None})
+    assert load_weights(tmp_path / "w")["a"].tolist() == [1.0, 1.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]

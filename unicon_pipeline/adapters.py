@@ -38,7 +38,10 @@ class LowRankAdapter(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, rank: int, alpha: float):
+        """Raises PlanError: the encoder has nothing to adapt, or the rank is below 1."""
         super().__init__()
+        if rank < 1:
+            raise PlanError(f"The rank of an adapter is at least 1, not {rank}.")
         matrices, vectors = adapted_parameters(encoder)
         if not matrices:
             raise PlanError("The adapter found no Linear or Conv weight in this foundation; plan it without adapters.")

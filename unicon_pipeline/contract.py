@@ -6,8 +6,11 @@ network of every family.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from unicon_pipeline.errors import PlanError
 
 ZYX = tuple[int, int, int]
 SpacingZYX = tuple[float, float, float]
@@ -33,12 +36,16 @@ class FeatureLevel:
     """One level of a feature pyramid: `stride_zyx` input voxels per feature voxel, `channels` maps.
 
     `conv_maps` counts the maps that a forward pass keeps at this level for the backward pass
-    (channels x convolutions); the planner's memory rule needs it.
+    (channels x convolutions, 1x1x1 shortcuts left out); the planner's memory rule needs it.
     """
 
     stride_zyx: ZYX
     channels: int
     conv_maps: int
+
+    def __post_init__(self) -> None:
+        if min(*self.stride_zyx, self.channels) < 1:
+            raise ValueError(f"a level has strides and channels of at least 1, not {self.stride_zyx}, {self.channels}.")
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,43 @@ class FoundationSpec:
     provenance: dict[str, Any] = field(default_factory=dict)
     load_report: dict[str, Any] = field(default_factory=dict)
     schema_version: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.input.modalities or not self.pyramid:
+            raise ValueError("a foundation has at least one native modality and one level of features.")
+        strides = [level.stride_zyx for level in self.pyramid]
+        chain = [*strides, self.input.divisible_by_zyx]
+        if not all(_divides(fine, coarse) for fine, coarse in zip(chain, chain[1:])):
+            raise ValueError(
+                f"the strides {strides} must go from fine to coarse, each a divisor of the next, and the last one "
+                f"of the input's divisor {self.input.divisible_by_zyx}."
+            )
+
+
+def filled_strides(strides: Iterable[ZYX]) -> tuple[ZYX, ...]:
+    """Full resolution, `strides` and what lies between them, finest first.
+
+    A step multiplies an axis by 1 or by one prime factor (2, in most networks), so that neither a decoder nor a
+    stem has to leap over voxels.
+
+    Raises:
+        PlanError: a stride is no multiple of the next finer one.
+    """
+    path = [(1, 1, 1)]
+    for stride in sorted(set(strides)):
+        if not _divides(path[-1], stride):
+            raise PlanError(f"No path leads from features of stride {path[-1]} to those of stride {stride}.")
+        while path[-1] != stride:
+            path.append(tuple(fine * _smallest_factor(coarse // fine) for fine, coarse in zip(path[-1], stride)))
+    return tuple(path)
+
+
+def _divides(fine: ZYX, coarse: ZYX) -> bool:
+    return all(large >= small and large % small == 0 for small, large in zip(fine, coarse))
+
+
+def _smallest_factor(number: int) -> int:
+    return next((factor for factor in range(2, number) if number % factor == 0), number)
 
 
 # Air, fat and muscle, bone: half of the output range is spent on -200..300 HU, where soft tissues differ.

@@ -16,6 +16,7 @@ from unicon_pipeline.errors import UniconError
 
 logger = logging.getLogger(__name__)
 
+DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 2**31 - 1
@@ -23,11 +24,11 @@ _KEEP_BYTES = 2**31 - 1
 
 def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA where there is one; asking for CUDA where there is none is an error."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in DEVICES:
+        raise UniconError(f"--device {name}: choose one of {', '.join(DEVICES)}.")
     if name == "cuda" and not torch.cuda.is_available():
         raise UniconError("--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA torch.")
-    device = torch.device(name)
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         _keep_freed_pages()
     return device
@@ -35,6 +36,8 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto` takes the fastest type the hardware computes natively: bfloat16, else float16 on CUDA, else float32."""
+    if name not in ("auto", *PRECISIONS):
+        raise UniconError(f"--precision {name}: choose one of auto, {', '.join(PRECISIONS)}.")
     if name != "auto":
         precision = PRECISIONS[name]
         if precision is torch.float16 and device.type == "cpu":

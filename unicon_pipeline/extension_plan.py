@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unicon_pipeline.contract import ZYX, FoundationSpec
+from unicon_pipeline.contract import ZYX, FoundationSpec, filled_strides
 from unicon_pipeline.dataset import Task
 from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import PlanError
@@ -103,7 +103,8 @@ def plan_extension(
         fold: which of the plan's folds is held out for validation, or "all" to train on every case.
 
     Raises:
-        PlanError: the task type has no head yet, the fold does not exist or leaves nothing to train on.
+        PlanError: the task type has no head yet, the fold does not exist or leaves nothing to train on, or a
+            modality's name cannot name a stem.
     """
     if plan.labels is None:
         raise PlanError(
@@ -162,16 +163,18 @@ def check_trainable(task: Task, plan: DataPlan) -> None:
 def _validation_cases(plan: DataPlan, fold: int | str) -> frozenset[str]:
     if fold == "all":
         return frozenset()
-    if not 0 <= int(fold) < len(plan.folds):
+    if fold not in range(len(plan.folds)):
         raise PlanError(f"--fold {fold}: {plan.task} has folds 0 to {len(plan.folds) - 1}, or 'all'.")
-    return frozenset(plan.folds[int(fold)])
+    return frozenset(plan.folds[fold])
 
 
 def _new_stem(modality: str, spec: FoundationSpec) -> StemPlan:
-    strides = sorted({(1, 1, 1), spec.projection.stride_zyx} | {level.stride_zyx for level in spec.pyramid})
+    if "." in modality:  # a dot ends a name in the weights' keys
+        raise PlanError(f"The modality {modality} cannot have a stem: rename it without the dot in dataset.json.")
+    strides = filled_strides({spec.projection.stride_zyx, *(level.stride_zyx for level in spec.pyramid)})
     depth = max(len(_STEM_FEATURES), strides.index(spec.projection.stride_zyx) + 1)
     features = tuple(min(_STEM_FEATURES[0] * 2**level, 2 * _STEM_FEATURES[-1]) for level in range(depth))
-    return StemPlan(modality, "residual_stem", tuple(strides[:depth]), features[: len(strides)])
+    return StemPlan(modality, "residual_stem", strides[:depth], features[: len(strides)])
 
 
 def _part_decisions(extension: ExtensionPlan, regions: bool) -> Iterator[Decision]:
@@ -188,7 +191,8 @@ def _part_decisions(extension: ExtensionPlan, regions: bool) -> Iterator[Decisio
 
 def _training_decisions(extension: ExtensionPlan, fold: int | str) -> Iterator[Decision]:
     schedule = extension.schedule
-    length = f"{schedule.minutes:g} minutes" if schedule.minutes else f"{schedule.steps // STEPS_PER_EPOCH} epochs"
+    epochs = f"{schedule.steps // STEPS_PER_EPOCH} epochs"
+    length = epochs if schedule.minutes is None else f"{schedule.minutes:g} minutes"
     yield Decision("training", length, f"AdamW {schedule.learning_rate:g}, the rate falls to zero at the end")
     if schedule.modality_dropout:
         reason = "each case also trains with fewer modalities, so any subset is a valid input"

@@ -15,7 +15,7 @@ from dynamic_network_architectures.building_blocks.residual_encoders import Resi
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicon_pipeline.contract import CT_HU_RULE, FeatureLevel, FoundationSpec, InputContract
+from unicon_pipeline.contract import CT_HU_RULE, ZYX, FeatureLevel, FoundationSpec, InputContract
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.registry import Registry
 
@@ -101,10 +101,16 @@ def residual_encoder(
 
 
 def build_foundation(spec: FoundationSpec) -> Foundation:
-    """The network that `spec` declares, with fresh weights."""
+    """The network that `spec` declares, with fresh weights.
+
+    Raises:
+        UniconError: this installation has no such architecture.
+        CheckpointError: the architecture does not take these arguments.
+    """
+    family = FOUNDATIONS[spec.architecture]
     try:
-        return FOUNDATIONS[spec.architecture](spec)
-    except (KeyError, TypeError, ValueError, AssertionError) as problem:
+        return family(spec)
+    except (LookupError, TypeError, ValueError, AssertionError, RuntimeError) as problem:
         raise CheckpointError(
             f"foundation.json: {spec.architecture} cannot be built from {spec.arch_kwargs}: {problem}."
         ) from problem
@@ -115,20 +121,25 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def new_residual_encoder_spec(licence: str, provenance: dict) -> FoundationSpec:
-    """The declaration of a fresh CT foundation for `unicon_pretrain`."""
-    features, strides, blocks = (16, 32, 64, 96, 128), ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)), (1,) * 5
+def new_residual_encoder_spec(
+    licence: str,
+    provenance: dict,
+    features: Sequence[int] = (16, 32, 64, 96, 128),
+    strides: Sequence[ZYX] = ((1, 1, 1), *((2, 2, 2),) * 4),
+) -> FoundationSpec:
+    """The declaration of a fresh CT foundation, by default that of `unicon_pretrain`: one residual block a stage."""
+    blocks = [1] * len(features)
     pyramid, stride = [], (1, 1, 1)
-    for index, channels in enumerate(features):
-        stride = tuple(a * b for a, b in zip(stride, strides[index], strict=True))
-        convolutions = 2 * blocks[index] + (1 if index == 0 else 0)  # the stem works at the first level
+    for channels, step, count in zip(features, strides, blocks, strict=True):
+        stride = tuple(a * b for a, b in zip(stride, step))
+        convolutions = 2 * count + (stride == (1, 1, 1))  # the input projection works at full resolution
         pyramid.append(FeatureLevel(stride, channels, channels * convolutions))
     spec = FoundationSpec(
         architecture="residual_encoder",
         arch_kwargs={
             "features_per_stage": list(features),
             "strides": [list(step) for step in strides],
-            "blocks_per_stage": list(blocks),
+            "blocks_per_stage": blocks,
         },
         input=InputContract(
             modalities=("CT",),

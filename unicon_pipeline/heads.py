@@ -12,7 +12,8 @@ import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from torch import Tensor, nn
 
-from unicon_pipeline.contract import ZYX, FeatureLevel, FoundationSpec
+from unicon_pipeline.contract import ZYX, FeatureLevel, FoundationSpec, filled_strides
+from unicon_pipeline.errors import PlanError
 from unicon_pipeline.registry import Registry
 
 HEADS: Registry[type[nn.Module]] = Registry("head")
@@ -48,21 +49,15 @@ class Features:
 def skip_levels(spec: FoundationSpec, stem_levels: dict[str, tuple[FeatureLevel, ...]]) -> tuple[SkipLevel, ...]:
     """All levels a head can read, finest first, from full resolution on.
 
-    Strides that neither foundation nor stems offer are filled in with empty levels, so that a decoder
-    goes from any level to the next by at most 2 in each axis.
+    Strides that neither foundation nor stems offer are filled in with empty levels.
     """
     backbone = {level.stride_zyx: level.channels for level in spec.pyramid}
     parallel: dict[ZYX, list[tuple[str, int]]] = {}
     for modality, levels in sorted(stem_levels.items()):
         for level in levels:
             parallel.setdefault(level.stride_zyx, []).append((modality, level.channels))
-    strides = sorted(set(backbone) | set(parallel) | {(1, 1, 1)})
-    filled = [strides[0]]
-    for stride in strides[1:]:
-        while any(coarse > 2 * fine for coarse, fine in zip(stride, filled[-1], strict=True)):
-            filled.append(tuple(min(2 * fine, coarse) for coarse, fine in zip(stride, filled[-1], strict=True)))
-        filled.append(stride)
-    return tuple(SkipLevel(s, backbone.get(s, 0), tuple(parallel.get(s, ()))) for s in filled)
+    strides = filled_strides(set(backbone) | set(parallel))
+    return tuple(SkipLevel(s, backbone.get(s, 0), tuple(parallel.get(s, ()))) for s in strides)
 
 
 @HEADS.register("unet")
@@ -73,7 +68,13 @@ class UNetHead(nn.Module):
     """
 
     def __init__(self, levels: tuple[SkipLevel, ...], output_channels: int, supervised_levels: int = 3):
+        """Raises PlanError: there is a single level, or none to supervise."""
         super().__init__()
+        if len(levels) < 2 or supervised_levels < 1:
+            raise PlanError(
+                "A U-Net decoder needs features at two strides or more, and logits at one level or more; "
+                f"there are {len(levels)} and {supervised_levels}."
+            )
         self.levels = levels
         self.supervised_strides = tuple(level.stride_zyx for level in levels[:-1][:supervised_levels])
         width = levels[-1].channels
@@ -125,14 +126,15 @@ class UNetHead(nn.Module):
 
 @HEADS.register("pooled_linear")
 class PooledLinearHead(nn.Module):
-    """Mean of the coarsest level over all positions, then one linear layer: (B, output_channels) logits."""
+    """Mean of the foundation's coarsest map over all positions, then one linear layer: (B, output_channels) logits."""
 
     def __init__(self, levels: tuple[SkipLevel, ...], output_channels: int):
         super().__init__()
-        self.linear = nn.Linear(levels[-1].backbone_channels, output_channels)
+        coarsest = next(level for level in reversed(levels) if level.backbone_channels)
+        self.linear = nn.Linear(coarsest.backbone_channels, output_channels)
 
     def forward(self, features: Features) -> Tensor:
-        return self.linear(features.pyramid[-1].float().mean(dim=(2, 3, 4)))
+        return self.linear(features.pyramid[-1].mean(dim=(2, 3, 4), dtype=self.linear.weight.dtype))
 
 
 def _conv_block(channels_in: int, channels_out: int) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from unicon_pipeline.extension_plan import ExtensionPlan, StemPlan
 from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.heads import HEADS, Features, skip_levels
 from unicon_pipeline.stems import STEMS
+from unicon_pipeline.weights import canonical_state
 
 
 class TaskModel(nn.Module):
@@ -79,29 +82,24 @@ class TaskModel(nn.Module):
 
     def _native(self, images_bczyx: Tensor, present_bc: Tensor) -> tuple[Tensor | None, Tensor | None]:
         wanted = self.foundation.spec.input.modalities
-        channels = [self.modalities.index(name) for name in wanted if name in self.modalities]
-        any_native = present_bc[:, channels].any(dim=1)
-        if not channels or not bool(any_native.any()):
+        channels = [self.modalities.index(name) if name in self.modalities else None for name in wanted]
+        any_native = present_bc[:, [i for i in channels if i is not None]].any(dim=1)
+        if not bool(any_native.any()):
             return None, None
         empty = torch.zeros_like(images_bczyx[:, :1])
-        native = torch.cat(
-            [images_bczyx[:, i : i + 1] if (i := self._channel(name)) is not None else empty for name in wanted], dim=1
-        )
+        native = torch.cat([empty if i is None else images_bczyx[:, i : i + 1] for i in channels], dim=1)
         return native, None if bool(any_native.all()) else any_native.to(images_bczyx.dtype)
-
-    def _channel(self, modality: str) -> int | None:
-        return self.modalities.index(modality) if modality in self.modalities else None
 
     def trained_state(self) -> dict[str, Tensor]:
         """What this task adds: adapter, head and new stems, each parameter once."""
         frozen = ("foundation.", *(f"stems.{name}." for name in self.frozen_stems))
-        named = dict(self.named_parameters()) | dict(self.named_buffers())
-        return {name: tensor for name, tensor in named.items() if not name.startswith(frozen)}
+        return {name: tensor for name, tensor in canonical_state(self).items() if not name.startswith(frozen)}
 
     def merged(self) -> TaskModel:
-        """For prediction: the adapter summed into a copy of the foundation, everything in evaluation mode."""
+        """For prediction: a frozen copy with the adapter summed into its foundation; this model can train on."""
         foundation = self.foundation if self.adapter is None else self.adapter.merged(self.foundation)
-        return TaskModel(foundation, self.modalities, dict(self.stems), (), None, self.head).eval()
+        stems, head = copy.deepcopy((dict(self.stems), self.head))
+        return freeze(TaskModel(foundation, self.modalities, stems, (), None, head))
 
 
 def build_stem(stem: StemPlan, foundation: Foundation) -> nn.Module:
@@ -116,11 +114,11 @@ def build_task_model(extension: ExtensionPlan, foundation: Foundation, known_ste
         known_stems: trained stems by modality; those that the plan reuses must be there.
     """
     new = {stem.modality: build_stem(stem, foundation) for stem in extension.new_stems}
-    stems = {s.modality: new.get(s.modality) or known_stems[s.modality] for s in extension.stems}
+    stems = {stem.modality: {**known_stems, **new}[stem.modality] for stem in extension.stems}
     levels = skip_levels(foundation.spec, {modality: stem.levels for modality, stem in stems.items()})
-    adapter = extension.adapter and ADAPTERS[extension.adapter.kind](
-        foundation, extension.adapter.rank, extension.adapter.alpha
-    )
+    adapter = None
+    if extension.adapter is not None:
+        adapter = ADAPTERS[extension.adapter.kind](foundation, extension.adapter.rank, extension.adapter.alpha)
     head = HEADS[extension.head.kind](levels, extension.head.output_channels, **extension.head.options)
     return TaskModel(foundation, extension.modalities, stems, tuple(new), adapter, head)
 

@@ -74,7 +74,9 @@ class ModelFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         if not (self.path / CHAIN_FILE).is_file():
-            raise CheckpointError(f"{self.path} is no model folder: it has no {CHAIN_FILE}.")
+            raise CheckpointError(
+                f"{self.path} is no model folder: it has no {CHAIN_FILE}. unicon_extend makes one; -m names another."
+            )
         self.chain = read_record(self.path / CHAIN_FILE, Chain, CheckpointError)
         check_chain(self.chain, self.path / CHAIN_FILE)
         self._sound: set[str] = set()

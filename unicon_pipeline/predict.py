@@ -22,7 +22,7 @@ from unicon_pipeline.device import choose_device, choose_precision, machine_fact
 from unicon_pipeline.errors import CheckpointError, PredictionError, UniconError
 from unicon_pipeline.export import export_case
 from unicon_pipeline.geometry import Volume, write_image, write_labels
-from unicon_pipeline.intensity import normalised_air
+from unicon_pipeline.intensity import check_units, normalised_air
 from unicon_pipeline.model import TaskModel
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.plan import DataPlan
@@ -206,6 +206,8 @@ def _run_case(predictor: Predictor, case: Case, out: Path, save_probabilities: b
             path.unlink(missing_ok=True)
     try:
         images = read_case(case)
+        for modality, volume in images.items():
+            check_units(volume.array_zyx, modality, case.images[modality])
         for task in predictor.tasks:
             if reason := predictor.unusable(task, case.images):
                 run = dataclasses.replace(run, skipped={**run.skipped, task: reason})

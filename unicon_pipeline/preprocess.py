@@ -77,7 +77,7 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
         labels: on the same grid; the crop is widened to hold all of them.
 
     Raises:
-        DatasetError: none of the plan's modalities is there, or one is in the wrong units.
+        DatasetError: none of the plan's modalities is there.
     """
     present = tuple(name for name in plan.modalities if name in images)
     if not present:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Iterator
@@ -67,7 +69,7 @@ def read_json(path: Path, error: type[UniconError] = UniconError) -> Any:
         raise error(f"{path} does not exist.") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read: {problem}.") from problem
-    except (json.JSONDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:  # also a number of thousands of digits
         raise error(f"{path} is not valid JSON: {problem}. Correct it or restore it from a copy.") from problem
 
 
@@ -108,7 +110,8 @@ def from_dict(cls: type[Record], payload: Any, source: str, error: type[UniconEr
         source: where the values come from, for the message.
 
     Raises:
-        error: a field is unknown, missing or of the wrong type; the message names it.
+        error: a field is unknown, missing or of the wrong type (the message names it), or the record's own
+            `__post_init__` refuses the values with a `ValueError`.
     """
     if not isinstance(payload, dict):
         raise error(f"{source}: expected an object with the fields of {cls.__name__}, found {type(payload).__name__}.")
@@ -124,7 +127,10 @@ def from_dict(cls: type[Record], payload: Any, source: str, error: type[UniconEr
             values[name] = _convert(hints[name], payload[name], f"{source}: {name}", error)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{source}: the field {name} is missing.")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as problem:
+        raise error(f"{source}: {problem}") from problem
 
 
 def _check_version(fields: dict, payload: dict, source: str, error: type[UniconError]) -> None:
@@ -156,10 +162,20 @@ def _convert(hint: Any, value: Any, where: str, error: type[UniconError]) -> Any
             return tuple(_convert(inner, item, f"{where}[{i}]", error) for i, (inner, item) in enumerate(pairs))
     elif origin is dict and isinstance(value, dict):
         return {key: _convert(arguments[1], item, f"{where}[{key!r}]", error) for key, item in value.items()}
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and _is_finite_number(value):
         return float(value)
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     elif hint in (str, bool) and isinstance(value, hint):
         return value
-    raise error(f"{where}: expected {hint}, found {value!r}.")
+    expected = hint.__name__ if origin is None else hint
+    raise error(f"{where}: expected {expected}, found {reprlib.repr(value)}.")
+
+
+def _is_finite_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)  # Python's JSON reader accepts NaN, Infinity and integers beyond any float
+    except OverflowError:
+        return False

@@ -22,7 +22,7 @@ STEMS: Registry[type[nn.Module]] = Registry("stem")
 class ResidualStem(nn.Module):
     """Residual blocks at `strides_zyx` (finest first, the foundation's projection stride among them).
 
-    `levels` declares the maps it offers to heads, finest first.
+    `levels` declares the maps it offers to heads, finest first; the first stride is (1, 1, 1).
     """
 
     def __init__(self, projection: FeatureLevel, strides_zyx: tuple[ZYX, ...], features: tuple[int, ...]):
@@ -30,7 +30,10 @@ class ResidualStem(nn.Module):
         steps = [strides_zyx[0]]
         for finer, coarser in zip(strides_zyx, strides_zyx[1:], strict=False):
             steps.append(tuple(c // f for c, f in zip(coarser, finer, strict=True)))
-        self.levels = tuple(FeatureLevel(s, c, 3 * c) for s, c in zip(strides_zyx, features, strict=True))
+        convolutions = (3, *(2,) * (len(features) - 1))  # the first level also takes the input in
+        self.levels = tuple(
+            FeatureLevel(s, c, n * c) for s, c, n in zip(strides_zyx, features, convolutions, strict=True)
+        )
         self._projection_level = strides_zyx.index(projection.stride_zyx)
         self.encoder = residual_encoder(1, features, steps, [1] * len(features))
         self.to_projection = nn.Conv3d(features[self._projection_level], projection.channels, 1)
@@ -41,4 +44,3 @@ class ResidualStem(nn.Module):
         skips = self.encoder(modality_b1zyx)
         projected = self.to_projection(skips[self._projection_level])
         return projected * self.gate.view(1, -1, 1, 1, 1).to(projected.dtype), skips
-

@@ -14,12 +14,14 @@ from unicon_pipeline.records import atomic_path
 
 
 def canonical_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each once and under its first name.
+    """Parameters and persistent buffers (the tensors themselves), each once and under its first name.
 
     One tensor can be reachable under several names in dynamic-network-architectures
     (`convs.0.conv` is `convs.0.all_modules.0`), so a plain state dict holds some of them twice.
     """
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    first_name: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if first_name.setdefault(id(tensor), name) == name}
 
 
 def load_exactly(wanted: dict[str, Tensor], found: dict[str, Tensor], source: str) -> None:
