@@ -458,3 +458,10 @@ class TestFolds:
         task = self.task(tmp_path, [f"c{n:02d}" for n in range(20)])
         assert patient_folds(task, seed=3) == patient_folds(task, seed=3)
         assert patient_folds(task, seed=3) != patient_folds(task, seed=4)
+
+
+def test_a_modality_has_no_dot_in_its_name(tmp_path):
+    """torch could not name its stem; better said when the folder is read than when it is trained."""
+    path = tmp_path / "dataset.json"
+    with pytest.raises(DatasetError, match=r"channel 0 is named 'T1\.5'; use letters, digits and _ - \+ only"):
+        parse_channels({"channel_names": {"0": "T1.5"}}, path)

@@ -249,8 +249,8 @@ def parse_channels(description: Any, source: Path) -> dict[int, str]:
     channels = {}
     for number, name in sorted((int(key), str(value)) for key, value in named.items()):
         channels[number] = name.upper() if name.upper() in KNOWN_MODALITIES else name
-        if not is_safe_name(channels[number]):
-            raise DatasetError(f"{source}: channel {number} is named {name!r}; use letters, digits and _ . - + only.")
+        if not is_safe_name(channels[number]) or "." in name:  # torch names a stem after its modality: no dots
+            raise DatasetError(f"{source}: channel {number} is named {name!r}; use letters, digits and _ - + only.")
     if sorted(channels) != list(range(len(channels))) or len(set(channels.values())) != len(channels):
         raise DatasetError(f"{source}: channel_names must count from 0 without gaps and name each modality once.")
     return channels
