@@ -59,6 +59,18 @@ def test_the_same_seed_gives_the_same_bytes(copy):
     assert heads[0] == heads[1]
 
 
+def test_a_failure_after_the_training_does_not_cost_it(copy, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelFolder, "add_task", fail)
+        with pytest.raises(OSError, match="no space left"):
+            extend(copy / "raw" / "Again", copy, copy / "model", schedule=FEW_STEPS, device="cpu")
+    monkeypatch.setattr("unicon_pipeline.training.Trainer._train_step", lambda *_: pytest.fail("trained again"))
+    assert extend(copy / "raw" / "Again", copy, copy / "model", schedule=FEW_STEPS, device="cpu").training.steps == 3
+
+
 def test_a_task_is_added_once(grown):
     with pytest.raises(PlanError, match="has the task CT already"):
         extend(grown.raw("CT"), grown.work, grown.model, schedule=FEW_STEPS, device="cpu")

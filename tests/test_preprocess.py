@@ -226,7 +226,7 @@ class TestRuns:
         folder = tmp_path / "work" / "preprocessed" / "Task"
         first, _ = run()
         before = snapshot(folder)
-        monkeypatch.setattr(preprocess, "read_case", None)
+        monkeypatch.setattr(preprocess, "read_in_units", None)
         monkeypatch.setattr(preprocess, "fingerprint_task", None)
         assert run() == (first, {})
         after = snapshot(folder)

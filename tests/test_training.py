@@ -84,6 +84,15 @@ def test_a_cut_run_goes_on_and_ends_with_the_same_weights(tmp_path):
     assert torch.equal(again.trained["weight"], whole.trained["weight"])
 
 
+def test_a_finished_training_is_kept_until_its_result_is_written(tmp_path):
+    finished = trainer(tmp_path)
+    finished.run(Batches())
+    again = trainer(tmp_path)
+    assert again.resume() == 20
+    assert again.run(Batches(cut_at=0)).steps == 20, "nothing is trained a second time"
+    assert torch.equal(again.trained["weight"], finished.trained["weight"])
+
+
 def test_a_checkpoint_of_another_plan_is_left_aside(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path).run(Batches(cut_at=5))

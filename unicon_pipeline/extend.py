@@ -24,7 +24,6 @@ from unicon_pipeline.extension_plan import (
     schedule_for,
 )
 from unicon_pipeline.fingerprint import Fingerprint
-from unicon_pipeline.intensity import normalised_air
 from unicon_pipeline.loader import PatchLoader, usual_workers
 from unicon_pipeline.losses import SegmentationLoss, dice_of_counts
 from unicon_pipeline.metrics import finite_or_none, format_summary, summarise
@@ -41,7 +40,7 @@ from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_record, sha256_json, to_dict
 from unicon_pipeline.sliding_window import sliding_window_logits
 from unicon_pipeline.store import open_case, stored_case_ids
-from unicon_pipeline.training import Score, Trainer, TrainingResult
+from unicon_pipeline.training import CHECKPOINT_FILE, Score, Trainer, TrainingResult
 from unicon_pipeline.verify import probe
 
 logger = logging.getLogger(__name__)
@@ -176,7 +175,7 @@ class _Extension:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.planned.folder / "training.safetensors"
+        return self.planned.folder / CHECKPOINT_FILE
 
     def _train(self, resume: bool) -> TrainingResult:
         plan, extension = self.planned.plan, self.extension
@@ -209,13 +208,12 @@ class _Extension:
             return None
         plan, model = self.planned.plan, self.model.merged()
         counter = SegmentationLoss(plan.labels)
-        air = tuple(normalised_air(plan.intensity[name], name) for name in plan.modalities)
         scores = {}
         for case_id in self.extension.validation_cases:
             case = open_case(self.planned.cases, case_id)
             present = tuple(name in case.present for name in plan.modalities)
             logits = sliding_window_logits(
-                model, case.array[:], present, air, plan.patch_shape_zyx, self.device, self.precision
+                model, case.array[:], present, plan.air, plan.patch_shape_zyx, self.device, self.precision
             )
             labels = torch.from_numpy(case.labels[:].astype("int64"))
             scores[case_id] = dice_of_counts(counter.overlap(logits[None], labels))

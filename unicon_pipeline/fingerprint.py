@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from unicon_pipeline.contract import ZYX, SpacingZYX
-from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_case
+from unicon_pipeline.dataset import Case, Labels, Task, check_labels
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.geometry import Volume, orient
-from unicon_pipeline.intensity import body_box, body_mask, check_units
+from unicon_pipeline.intensity import body_box, body_mask, read_in_units
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import sha256_file
 from unicon_pipeline.resize import ANISOTROPY
@@ -94,9 +94,7 @@ def fingerprint_case(
     Raises:
         DatasetError: an image or the label map is unusable; the message names the file.
     """
-    images = read_case(case)
-    for modality, volume in images.items():
-        check_units(volume.array_zyx, modality, case.images[modality])
+    images = read_in_units(case)
     labels = None
     if task.labels is not None and case.labels is not None:
         labels = check_labels(case, next(iter(images.values())).grid, task.labels)

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, InputContract, IntensityRule
+from unicon_pipeline.dataset import Case, read_case
 from unicon_pipeline.errors import DatasetError, PlanError
 from unicon_pipeline.geometry import Volume
 
@@ -85,6 +86,18 @@ def air_value(modality: str) -> float:
 def normalised_air(rule: IntensityRule, modality: str) -> float:
     """What lies outside an image, as network input (the mean, 0, for standardised modalities)."""
     return normalise(np.full((1, 1, 1), air_value(modality), np.float32), rule).item()
+
+
+def read_in_units(case: Case) -> dict[str, Volume]:
+    """`dataset.read_case`, each channel in its right unit (HU, SUV).
+
+    Raises:
+        DatasetError: as `read_case` and `check_units`; the message names the file.
+    """
+    volumes = read_case(case)
+    for modality, volume in volumes.items():
+        check_units(volume.array_zyx, modality, case.images[modality])
+    return volumes
 
 
 def check_units(array_zyx: np.ndarray, modality: str, path: Path | str) -> None:

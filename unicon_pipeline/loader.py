@@ -36,7 +36,6 @@ from unicon_pipeline.augment import (
 )
 from unicon_pipeline.contract import ZYX
 from unicon_pipeline.errors import DatasetError, UniconError
-from unicon_pipeline.intensity import normalised_air
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.store import StoredCase, open_case
 
@@ -88,8 +87,8 @@ class BatchLoader(ABC):
         self._pending: deque[Future] = deque()
         self._closed = False
         self._opened: OrderedDict[str, _OpenCase] = OrderedDict()
+        self._air = self.plan.air
         self._recipes = [recipe_for(self.plan.intensity[name]) for name in self.plan.modalities]
-        self._air = [normalised_air(self.plan.intensity[name], name) for name in self.plan.modalities]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self

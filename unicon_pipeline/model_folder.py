@@ -8,6 +8,7 @@ leftovers of a cut extension and count for nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,9 @@ class ModelFolder:
         """A task's network with its trained weights, in evaluation mode."""
         extension = self.task_plan(task).extension
         stems = {stem.modality: self.stem(stem, foundation) for stem in extension.stems}
-        model = build_task_model(extension, foundation, stems)
-        for modality, stem in stems.items():
-            model.stems[modality] = stem
+        # The stems that it brought are the model's by now, as if it reused them.
+        trained = dataclasses.replace(extension, new_stems=(), reused_stems=extension.stems)
+        model = build_task_model(trained, foundation, stems)
         self._load(model, f"tasks/{task}", ("foundation.", "stems."))
         return freeze(model)
 

@@ -20,7 +20,7 @@ from unicon_pipeline.dataset import Labels, Task, patient_folds
 from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import PlanError
 from unicon_pipeline.fingerprint import Fingerprint
-from unicon_pipeline.intensity import rules_for
+from unicon_pipeline.intensity import normalised_air, rules_for
 from unicon_pipeline.records import sha256_json, to_dict
 from unicon_pipeline.resize import ANISOTROPY, resized_shape
 
@@ -63,6 +63,11 @@ class DataPlan:
     decisions: tuple[Decision, ...]
     fingerprint_sha256: str
     schema_version: int = 1
+
+    @property
+    def air(self) -> tuple[float, ...]:
+        """What lies outside an image, as network input, in the order of the modalities."""
+        return tuple(normalised_air(self.intensity[name], name) for name in self.modalities)
 
 
 @dataclass(frozen=True)

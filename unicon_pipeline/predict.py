@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from unicon_pipeline.dataset import Case, prediction_cases, read_case
+from unicon_pipeline.dataset import Case, prediction_cases
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
 from unicon_pipeline.errors import CheckpointError, PredictionError, UniconError
 from unicon_pipeline.export import export_case
 from unicon_pipeline.geometry import Volume, write_image, write_labels
-from unicon_pipeline.intensity import check_units, normalised_air
+from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model import TaskModel
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.plan import DataPlan
@@ -180,12 +180,11 @@ class Predictor:
         plan = self.plans[task]
         prepared = prepare_case({name: image for name, image in images.items() if name in plan.modalities}, plan)
         present = tuple(name in prepared.present for name in plan.modalities)
-        air = tuple(normalised_air(plan.intensity[name], name) for name in plan.modalities)
         logits = sliding_window_logits(
             self._models[task],
             prepared.array_czyx,
             present,
-            air,
+            plan.air,
             plan.patch_shape_zyx,
             self.device,
             self.precision,
@@ -205,9 +204,7 @@ def _run_case(predictor: Predictor, case: Case, out: Path, save_probabilities: b
         for path in _outputs(out / task, case.case_id, predictor.plans[task]):
             path.unlink(missing_ok=True)
     try:
-        images = read_case(case)
-        for modality, volume in images.items():
-            check_units(volume.array_zyx, modality, case.images[modality])
+        images = read_in_units(case)
         for task in predictor.tasks:
             if reason := predictor.unusable(task, case.images):
                 run = dataclasses.replace(run, skipped={**run.skipped, task: reason})

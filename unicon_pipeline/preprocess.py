@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from unicon_pipeline.contract import ZYX, FoundationSpec, SpacingZYX
-from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_case, read_task
+from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task, is_current
 from unicon_pipeline.geometry import Grid, Volume, orient
-from unicon_pipeline.intensity import body_box, check_units, normalise, normalised_air
+from unicon_pipeline.intensity import body_box, normalise, read_in_units
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_record
@@ -219,7 +219,7 @@ def _whole_view(case: PreparedCase, plan: DataPlan) -> PreparedCase:
     source, target = case.array_czyx.shape[1:], plan.patch_shape_zyx
     if source == tuple(target):
         return case
-    air = [normalised_air(plan.intensity[n], n) if n in case.present else 0.0 for n in plan.modalities]
+    air = [value if name in case.present else 0.0 for name, value in zip(plan.modalities, plan.air, strict=True)]
     fixed = np.empty((len(air), *target), np.float32)
     fixed[:] = np.array(air, np.float32).reshape(-1, 1, 1, 1)
     into, out_of = [slice(None)], [slice(None)]
@@ -246,9 +246,7 @@ def _preprocess_case(case: Case, plan: DataPlan, destination: Path, recipe: dict
     digest = sha256_json([recipe, files, sha256_file(case.labels) if with_labels else None])
     if is_sound(destination, case.case_id) and read_meta(destination, case.case_id).get("made_from") == digest:
         return "unchanged"
-    images = read_case(case)
-    for name, volume in images.items():
-        check_units(volume.array_zyx, name, case.images[name])
+    images = read_in_units(case)
     labels = check_labels(case, next(iter(images.values())).grid, plan.labels) if with_labels else None
     prepared = prepare_case(images, plan, labels)
     meta = {

@@ -29,7 +29,7 @@ from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.preprocess import plan_and_preprocess
 from unicon_pipeline.records import sha256_json, to_dict
 from unicon_pipeline.store import stored_case_ids
-from unicon_pipeline.training import Score, Trainer
+from unicon_pipeline.training import CHECKPOINT_FILE, Score, Trainer
 from unicon_pipeline.weights import canonical_state
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ def pretrain(
         "machine": machine_facts(chosen),
     }
     create_model(model, dataclasses.replace(spec, provenance=provenance), weights)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     return Path(model)
 
 
@@ -136,7 +137,7 @@ def _train(
     fingerprint = sha256_json([to_dict(plan), to_dict(schedule), seed])
     trainer = Trainer(
         canonical_state(classifier), step_loss, accuracy, schedule, device, choose_precision("auto", device),
-        folder / "training.safetensors", fingerprint,
+        folder / CHECKPOINT_FILE, fingerprint,
     )  # fmt: skip
     first_step = trainer.resume()
     classifier.train()
@@ -144,7 +145,6 @@ def _train(
         folder / "cases", training, plan, plan.batch_size, seed, usual_workers(), first_step=first_step, targets=targets
     ) as batches:
         result = trainer.run(batches)
-    trainer.checkpoint.unlink(missing_ok=True)
     return result.steps
 
 

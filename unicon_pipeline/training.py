@@ -29,6 +29,7 @@ from unicon_pipeline.weights import load_exactly, load_weights, read_metadata, s
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_FILE = "training.safetensors"  # beside the preprocessed cases, until the result is in the model folder
 _CHECKPOINT_SECONDS = 60.0
 _DECAY_EXPONENT = 0.9  # nnU-Net's
 
@@ -118,6 +119,7 @@ class Trainer:
                 if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                     self._save(started)
                     saved = time.monotonic()
+            self._save(started)  # what comes after (validation, writing) may fail, and must not cost the training
         except KeyboardInterrupt:
             self._save(started)
             logger.warning("Cut at step %d; the same command goes on from there.", self.step)
