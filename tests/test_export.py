@@ -16,7 +16,7 @@ REGIONS = Labels(("whole", "core"), ((1, 2), (2,)), True, (1, 2), None)
 
 def geometry(shape=(20, 30, 25), crop=((2, 3, 4), (18, 27, 25)), small=(8, 16, 14)):
     grid = Grid(shape, (2.0, 1.5, 1.5), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
-    return CaseGeometry(grid, grid, *crop, small)
+    return CaseGeometry(grid, grid, *crop, small, tuple(2 * s for s in grid.spacing_zyx_mm))
 
 
 @pytest.fixture

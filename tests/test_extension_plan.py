@@ -1,8 +1,10 @@
 """What a task adds: stems by what the model has met, folds, budgets, and a round trip."""
 
 import dataclasses
+import re
 
 import pytest
+from tiny_foundations import strided_spec, tokens_spec
 
 from unicon_pipeline.contract import PET_SUV_RULE, FeatureLevel
 from unicon_pipeline.errors import PlanError
@@ -15,7 +17,7 @@ from unicon_pipeline.extension_plan import (
     plan_extension,
     schedule_for,
 )
-from unicon_pipeline.foundation import new_residual_encoder_spec
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.label_spec import Labels
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import read_record, write_record
@@ -56,6 +58,8 @@ def test_a_new_modality_brings_a_stem_and_a_known_one_reuses_it():
     [
         ((1, 2, 2), [(2, 4, 4), (4, 8, 8)], ((1, 1, 1), (1, 2, 2), (2, 4, 4))),
         ((2, 4, 4), [(2, 4, 4), (4, 8, 8)], ((1, 1, 1), (2, 2, 2), (2, 4, 4))),
+        ((1, 2, 2), [(16, 16, 16)], ((1, 1, 1), (1, 2, 2), (2, 4, 4))),
+        ((2, 2, 2), [(2, 2, 2)], ((1, 1, 1), (2, 2, 2))),
         ((16, 16, 16), [(16, 16, 16)], tuple((2**n,) * 3 for n in range(5))),
         ((1, 1, 1), [(1, 1, 1), (2, 2, 2)], ((1, 1, 1), (2, 2, 2))),
     ],
@@ -69,9 +73,36 @@ def test_a_stem_goes_down_to_the_projection_without_leaping_over_voxels(projecti
     assert list(stem.features) == sorted(stem.features)
 
 
-def test_a_modality_whose_name_cannot_name_a_stem_is_refused():
-    with pytest.raises(PlanError, match=r"modality T1\.5 cannot have a stem: rename it"):
-        extension(modalities=("CT", "T1.5"))
+@pytest.mark.parametrize("name", ["T1.5", "keys", "half", "train", "training", "_modules", "T_destination"])
+def test_a_modality_whose_name_cannot_name_a_stem_is_refused(name):
+    with pytest.raises(PlanError, match=f"modality {re.escape(name)} cannot have a stem: rename it"):
+        extension(modalities=("CT", name))
+
+
+def rows(plan):
+    return {decision.name: f"{decision.value}: {decision.reason}" for decision in plan.decisions}
+
+
+def test_tokens_get_a_patch_embedding_a_neck_and_a_detail_path():
+    plan = extension(spec=tokens_spec((10, 20, 20), layers=4))
+    assert plan.new_stems == (
+        StemPlan("PET", "patch_embedding", ((1, 1, 1), (2, 2, 2), (10, 4, 4)), (16, 32, 64)),
+    )
+    assert plan.head.kind == "unetr"
+    table = rows(plan)
+    assert "a patch embedding beside the foundation's" in table["stem PET"]
+    assert table["head"].startswith("UNETR decoder, 2 channels")
+    assert table["neck"].startswith("4 hidden layers")
+    assert table["detail path"].startswith("16, 32, 64 features") and "10 x 20 x 20 voxels" in table["detail path"]
+    assert "every linear layer" in table["adapter"]
+
+
+def test_a_foundation_that_begins_coarser_than_the_image_gets_a_detail_path():
+    plan = extension(spec=strided_spec((8, 16), ((1, 2, 2), (2, 2, 2))))
+    assert (plan.head.kind, plan.new_stems[0].kind) == ("unet", "residual_stem")
+    assert rows(plan)["detail path"].startswith("16 features: the foundation's finest map has 1 x 2 x 2 voxels")
+    assert "neck" not in rows(plan)
+    assert not {"detail path", "neck"} & set(rows(extension()))
 
 
 def test_stems_come_in_the_order_of_the_modalities():

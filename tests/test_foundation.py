@@ -4,12 +4,27 @@ import dataclasses
 import math
 
 import pytest
+import test_family_ctvit
+import test_family_inflated_resnet
+import test_family_monai
+import test_family_primus
 import torch
 from torch import nn
 
+from unicon_pipeline.adapters import LowRankAdapter
+from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, InputContract
 from unicon_pipeline.errors import CheckpointError, UniconError
-from unicon_pipeline.foundation import FOUNDATIONS, build_foundation, freeze, new_residual_encoder_spec
-from unicon_pipeline.model_folder import EMBEDDED, ModelFolder
+from unicon_pipeline.extend import extend
+from unicon_pipeline.extension_plan import Schedule
+from unicon_pipeline.families import ARCHITECTURES, build_foundation
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
+from unicon_pipeline.foundation import declare, freeze
+from unicon_pipeline.model_folder import EMBEDDED, ModelFolder, create_model
+from unicon_pipeline.phantoms import write_phantom_task
+from unicon_pipeline.predict import predict_folder
+from unicon_pipeline.preprocess import plan_and_preprocess
+from unicon_pipeline.verify import verify
+from unicon_pipeline.weights import canonical_state
 
 STRIDES = {
     "isotropic": ((1, 1, 1), (2, 2, 2), (2, 2, 2)),
@@ -20,7 +35,20 @@ STRIDES = {
 SPECS = {
     f"residual_encoder, {name}": new_residual_encoder_spec("none", {}, (4, 6, 8), strides)
     for name, strides in STRIDES.items()
-} | {"residual_encoder, default": new_residual_encoder_spec("none", {})}
+} | {
+    "residual_encoder, default": new_residual_encoder_spec("none", {}),
+    "plain_encoder": declare(
+        "plain_encoder",
+        {"features_per_stage": [4, 6], "strides": [[1, 1, 1], [1, 2, 2]], "blocks_per_stage": [1, 2]},
+        InputContract(("CT", "PET"), "xzy", None, None, (1, 2, 2), {"CT": CT_HU_RULE, "PET": PET_SUV_RULE}),
+        "pyramid", "none", {},
+    ),
+    "inflated_resnet": test_family_inflated_resnet.tiny_spec(),
+    "ctvit": test_family_ctvit.tiny_spec(),
+    "primus": test_family_primus.tiny_spec(),
+    "segres_encoder": test_family_monai.tiny_spec(),
+    "swin_unetr": test_family_monai.tiny_swin_spec(),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=sorted(SPECS))
@@ -45,7 +73,7 @@ def native(spec, *multiples, batch=1):
 
 
 def test_every_family_is_under_contract():
-    assert set(FOUNDATIONS) == {spec.architecture for spec in SPECS.values()}
+    assert set(ARCHITECTURES) == {spec.architecture for spec in SPECS.values()}
 
 
 @pytest.mark.parametrize("multiples", [(1, 1, 2), (3, 1, 1), (1, 3, 2)])
@@ -64,33 +92,71 @@ def test_declared_pyramid_is_the_real_one(foundation, multiples):
 
 def test_declared_costs_are_those_of_its_layers(foundation):
     """Hooks on the real layers, as an oracle for both the multiply-accumulates and the maps kept."""
-    spec, image, macs, calls = foundation.spec, native(foundation.spec, 2, 1, 3), [0], []
+    spec, image = foundation.spec, native(foundation.spec, 2, 1, 2)
+    voxels, macs, kept = image[0, 0].numel(), [0], [0]
+    attention = any(isinstance(module, nn.Linear) for module in foundation.modules())
 
     def count(module, inputs, output):
         macs[0] += output[0].numel() * module.weight[0].numel()
-        if math.prod(module.kernel_size) > 1:
-            calls.append((extent(image.shape[2:], output.shape[2:]), output.shape[1]))
+        if not (math.prod(getattr(module, "kernel_size", (2,))) == 1 and module in shortcuts):
+            kept[0] += output[0].numel()
 
-    def maps():
-        kept = {}
-        for stride, channels in calls:
-            kept[stride] = kept.get(stride, 0) + channels
-        return kept
-
-    hooks = [m.register_forward_hook(count) for m in foundation.modules() if isinstance(m, nn.Conv3d)]
+    named = {name: m for name, m in foundation.named_modules() if isinstance(m, nn.Conv3d | nn.Linear)}
+    shortcuts = [m for name, m in named.items() if ".skip." in name or ".downsample." in name]
+    hooks = [module.register_forward_hook(count) for module in named.values()]
     try:
-        projected = foundation.project(image)
-        assert maps() == {spec.projection.stride_zyx: spec.projection.conv_maps}
-        foundation.stages(projected)
+        foundation(image, None, None)
     finally:
         for hook in hooks:
             hook.remove()
-    assert spec.encoder_macs_per_voxel == pytest.approx(macs[0] / image[0, 0].numel(), rel=1e-9)
-    by_level = {}
-    for level in spec.pyramid:
-        by_level[level.stride_zyx] = by_level.get(level.stride_zyx, 0) + level.conv_maps
-    by_level.setdefault(spec.projection.stride_zyx, spec.projection.conv_maps)
-    assert by_level == maps()
+    levels = {spec.projection.stride_zyx: spec.projection.conv_maps}
+    for stride in {level.stride_zyx for level in spec.pyramid}:
+        levels[stride] = sum(level.conv_maps for level in spec.pyramid if level.stride_zyx == stride)
+    declared = sum(maps / math.prod(stride) for stride, maps in levels.items())
+    if attention:  # its own products and maps come on top
+        assert macs[0] / voxels <= spec.encoder_macs_per_voxel
+        assert kept[0] / voxels <= declared * (1 + 1e-3)
+    else:
+        assert spec.encoder_macs_per_voxel == pytest.approx(macs[0] / voxels, rel=1e-9)
+        assert declared == pytest.approx(kept[0] / voxels, rel=1e-9)
+
+
+def test_adapters_change_the_features_and_each_gets_a_gradient(foundation):
+    adapter, image = LowRankAdapter(foundation, 2, 4.0), native(foundation.spec, 2, 2, 2)
+    before = foundation(image, None, None)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, adapter(foundation, image, None, None)))
+    with torch.no_grad():
+        for up in adapter.up:
+            up.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    after = adapter(foundation, image, None, None)
+    assert not torch.allclose(before[-1], after[-1], atol=1e-4)
+    sum(level.square().sum() for level in after).backward()
+    silent = [name for name, p in zip(adapter.matrix_names, adapter.up) if p.grad is None or not p.grad.any()]
+    assert not silent
+
+
+FAMILIES = ("plain_encoder", "inflated_resnet", "ctvit", "primus", "segres_encoder", "swin_unetr")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_on_it_grows_by_pet_predicts_and_stays_what_it_was(name, tmp_path):
+    """Plan, extend by a CT+PET task, predict CT alone and both, verify; small spacing rules are lifted for speed."""
+    spec = SPECS[name]
+    spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, spacing_zyx_mm=None))
+    torch.manual_seed(2)
+    create_model(tmp_path / "model", spec, canonical_state(build_foundation(spec)))
+    task = tmp_path / "raw" / "Both"
+    size = {"shape_zyx": (24, 40, 40), "spacing_zyx_mm": (12.0, 10.0, 10.0)}
+    write_phantom_task(task, "lesions", 3, 5, modalities=("CT", "PET"), **size)
+    _, failed = plan_and_preprocess(task, tmp_path, spec, processes=1)
+    assert not failed
+    result = extend(task, tmp_path, tmp_path / "model", schedule=Schedule(steps=1, minutes=None), device="cpu")
+    assert result.entry.stems == (() if "PET" in spec.input.modalities else ("PET",))
+    report = predict_folder(task / "imagesTr", tmp_path / "out", tmp_path / "model", device="cpu", precision="fp32")
+    assert report.exit_code == 0
+    (task / "imagesTr").joinpath(f"{report.cases[0].case_id}_0001.nii.gz").unlink()
+    assert predict_folder(task / "imagesTr", tmp_path / "out", tmp_path / "model", device="cpu").exit_code == 0
+    assert verify(tmp_path / "model").ok
 
 
 def test_modalities_are_fused_by_a_sum_at_the_projection(foundation):

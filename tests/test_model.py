@@ -4,13 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_foundations import strided_spec, tokens_spec
 from torch import nn
 
-from unicon_pipeline.contract import CT_HU_RULE, FeatureLevel, FoundationSpec, InputContract, filled_strides
+from unicon_pipeline.contract import CT_HU_RULE, FeatureLevel, FoundationSpec, InputContract
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.extension_plan import AdapterPlan, ExtensionPlan, HeadPlan, Schedule, StemPlan
-from unicon_pipeline.foundation import Foundation, build_foundation, new_residual_encoder_spec
-from unicon_pipeline.heads import HEADS
+from unicon_pipeline.families import build_foundation
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
+from unicon_pipeline.foundation import Foundation
+from unicon_pipeline.levels import new_stem_levels
 from unicon_pipeline.model import TaskModel, build_stem, build_task_model
 
 STRIDES = {
@@ -19,8 +22,15 @@ STRIDES = {
     "half in plane": ((1, 2, 2), (2, 2, 2)),
     "coarse": ((2, 4, 4), (2, 2, 2)),
 }
-SPECS = {name: new_residual_encoder_spec("none", {}, (4, 6, 8)[: len(s)], s) for name, s in STRIDES.items()}
+SPECS = {
+    **{name: new_residual_encoder_spec("none", {}, (4, 6, 8)[: len(s)], s) for name, s in STRIDES.items()},
+    "strided": strided_spec((4, 6, 8), ((1, 2, 2), (2, 2, 2), (2, 2, 2))),
+    "one level": strided_spec((4,), ((4, 4, 4),)),
+    "tokens": tokens_spec((4, 4, 4)),
+    "odd tokens": tokens_spec((5, 6, 6), layers=2),
+}
 SPEC = SPECS["anisotropic"]
+DECODER = {"pyramid": "unet", "tokens": "unetr"}
 SUBSETS = ([True, True], [True, False], [False, True])
 BOTH = torch.tensor([[True, True]])
 CT_ONLY = torch.tensor([[True, False]])
@@ -28,14 +38,15 @@ PET_ONLY = torch.tensor([[False, True]])
 
 
 def pet_stem(spec=SPEC, modality="PET"):
-    strides = filled_strides(level.stride_zyx for level in spec.pyramid)[:3]
-    return StemPlan(modality, "residual_stem", strides, (3, 4, 5)[: len(strides)])
+    strides = tuple(level.stride_zyx for level in new_stem_levels(spec))
+    kind = {"pyramid": "residual_stem", "tokens": "patch_embedding"}[spec.kind]
+    return StemPlan(modality, kind, strides, (3, 4, 5)[: len(strides)])
 
 
 def extension(spec=SPEC, **changes):
     plan = {
         "task": "T", "modalities": ("CT", "PET"), "new_stems": (pet_stem(spec),), "reused_stems": (),
-        "adapter": AdapterPlan("low_rank", 2, 4.0), "head": HeadPlan("unet", 3, {}),
+        "adapter": AdapterPlan("low_rank", 2, 4.0), "head": HeadPlan(DECODER[spec.kind], 3, {}),
         "schedule": Schedule(1, None), "training_cases": ("a",), "validation_cases": (), "seed": 0, "decisions": (),
     }  # fmt: skip
     return ExtensionPlan(**{**plan, **changes})
@@ -46,8 +57,8 @@ def build(spec=SPEC, **changes):
     return build_task_model(extension(spec, **changes), build_foundation(spec), {})
 
 
-def images_for(spec, channels=2, batch=2):
-    shape = tuple(2 * divisor for divisor in spec.input.divisible_by_zyx)
+def images_for(spec, channels=2, batch=2, multiple=(2, 2, 2)):
+    shape = tuple(n * divisor for n, divisor in zip(multiple, spec.input.divisible_by_zyx))
     return torch.randn(batch, channels, *shape, generator=torch.Generator().manual_seed(2))
 
 
@@ -100,17 +111,21 @@ def test_an_absent_modality_is_not_computed_and_not_read(model, images):
 
 def test_pet_alone_is_an_input_once_the_gate_is_open(model, images):
     opened(model)
-    model.foundation.encoder.stem.register_forward_hook(lambda *_: pytest.fail("the projection of an absent CT ran"))
+    model.foundation.project = lambda *_: pytest.fail("the projection of an absent CT ran")
+    if model.head.detail is not None:
+        model.head.detail.register_forward_hook(lambda *_: pytest.fail("the detail path of an absent CT ran"))
     alone = model.features(images, PET_ONLY.expand(2, 2)).pyramid
     assert all((level[0] - level[1]).abs().max() > 1e-3 for level in alone)
     other_ct = images.clone()
     other_ct[:, 0] = 3.0
     assert same(alone, model.features(other_ct, PET_ONLY.expand(2, 2)).pyramid)
+    assert same(model(images, PET_ONLY.expand(2, 2)), model(other_ct, PET_ONLY.expand(2, 2)))
 
 
-@pytest.mark.parametrize("kind", sorted(HEADS))
+@pytest.mark.parametrize("kind", ["decoder", "pooled_linear"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_a_mixed_batch_equals_its_cases_one_by_one(spec, kind):
+    kind = DECODER[spec.kind] if kind == "decoder" else kind
     model = opened(build(spec, head=HeadPlan(kind, 3, {}))).double().eval()
     images = images_for(spec).double()
     for first in SUBSETS:
@@ -131,6 +146,33 @@ def test_everything_new_gets_a_gradient_and_nothing_old_does(model, images):
     assert not [name for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not any(p.requires_grad or p.grad is not None for p in model.foundation.parameters())
     assert {name.split(".")[0] for name in trained} == {"adapter", "head", "stems"}
+
+
+@pytest.mark.parametrize("multiple", [(1, 1, 2), (3, 1, 1)])
+def test_any_multiple_of_the_divisor_is_an_input(model, multiple):
+    images = images_for(model.foundation.spec, multiple=multiple)
+    outputs = model.train()(images, BOTH.expand(2, 2), every_level=True)
+    assert outputs[0].shape == (2, 3, *images.shape[2:])
+    for output, stride in zip(outputs, model.head.supervised_strides, strict=True):
+        assert output.shape[2:] == tuple(n // s for n, s in zip(images.shape[2:], stride))
+        assert output.isfinite().all()
+
+
+def test_a_step_of_training_changes_what_the_task_owns_and_nothing_else(model, images):
+    spec = model.foundation.spec
+    plan = extension(
+        spec, modalities=("CT", "PET", "MR"), new_stems=(pet_stem(spec, "MR"),), reused_stems=(pet_stem(spec),)
+    )
+    second = opened(build_task_model(plan, model.foundation, dict(model.stems))).train()
+    trained = second.trained_state()
+    before = {name: tensor.detach().clone() for name, tensor in second.state_dict().items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.01)
+    outputs = second(torch.cat((images, images[:, :1].flip(2)), dim=1), torch.ones(2, 3).bool(), every_level=True)
+    sum((output * torch.randn_like(output)).mean() for output in outputs).backward()
+    optimizer.step()
+    own = {id(tensor) for tensor in trained.values()}
+    for name, tensor in second.state_dict(keep_vars=True).items():
+        assert torch.equal(tensor, before[name]) == (id(tensor) not in own), name
 
 
 def test_the_first_step_opens_the_gate(model, images):
@@ -207,8 +249,7 @@ class BatchNormFoundation(Foundation):
     """A family with running statistics."""
 
     def __init__(self, spec: FoundationSpec):
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec)
         self.projection = nn.Sequential(nn.Conv3d(len(spec.input.modalities), 4, 3, padding=1), nn.BatchNorm3d(4))
         self.stage = nn.Sequential(nn.Conv3d(4, 6, 3, 2, 1), nn.BatchNorm3d(6), nn.ReLU())
 

@@ -11,7 +11,7 @@ from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, IntensityRule
 from unicon_pipeline.dataset import Case, read_case, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.export import export_case
-from unicon_pipeline.foundation import new_residual_encoder_spec
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.geometry import Grid, Volume, grids_differ_mm, orient, write_image
 from unicon_pipeline.intensity import body_box, normalise
 from unicon_pipeline.label_spec import Labels

@@ -43,11 +43,11 @@ class Pointwise(torch.nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(20, 30, 40), (16, 16, 16), (9, 50, 12)])
-@pytest.mark.parametrize("tta", [False, True])
-def test_pointwise_network_is_reproduced(shape, tta):
+@pytest.mark.parametrize("mirror_axes", [(), (2,), (0, 1, 2)])
+def test_pointwise_network_is_reproduced(shape, mirror_axes):
     array = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     logits = sliding_window_logits(
-        Pointwise(), array, (True, True), (-1.0, 0.0), (16, 16, 16), torch.device("cpu"), torch.float32, tta
+        Pointwise(), array, (True, True), (-1.0, 0.0), (16, 16, 16), torch.device("cpu"), torch.float32, mirror_axes
     )
     np.testing.assert_allclose(logits.numpy(), np.stack((array[0] * 2, array[1] - 1)), atol=2e-6)
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from unicon_pipeline.errors import CheckpointError
-from unicon_pipeline.foundation import build_foundation, new_residual_encoder_spec
+from unicon_pipeline.families import build_foundation
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.weights import canonical_state, load_exactly, load_weights, read_metadata, save_weights
 
 

@@ -38,6 +38,8 @@ _HOMES = {
     "DataPlan": "plan",
     "format_plan": "plan",
     "plan_and_preprocess": "preprocess",
+    "import_checkpoint": "importer",
+    "ImportOptions": "imported",
     "foundation_spec": "model_folder",
     "describe": "info",
     "schedule_for": "extension_plan",

@@ -10,7 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicon_pipeline.contract import FoundationSpec
+from unicon_pipeline.contract import FeatureLevel, FoundationSpec
+from unicon_pipeline.levels import SkipLevels, new_stem_levels, skip_levels
 
 MIN_BATCH = 2
 TRAINING_PASSES = 3  # forward, and backward at twice its cost
@@ -26,7 +27,7 @@ _CORE_FLOPS = {"bfloat16": 175e9, "float32": 90e9}
 _FULL_SPEED_CHANNELS = 32
 _GPU_FLOPS = ((12.0, 8e12), (32.0, 20e12), (math.inf, 60e12))  # up to so many GB: useful FLOP/s, a cautious guess
 
-_DECODER_LEVEL_MAPS = 64  # of a decoder that adds the resolutions finer than the foundation's finest level
+_KERNEL = 27  # of a 3x3x3 convolution
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,8 @@ def training_costs(
     Args:
         view: "patch" (with a decoder) or "volume" (without).
     """
-    per_level = [level.conv_maps / math.prod(level.stride_zyx) for level in spec.pyramid]
-    elements, macs = sum(per_level), spec.encoder_macs_per_voxel
-    if view == "patch":  # a decoder mirrors the encoder
-        elements, macs = 2 * elements, 2 * macs
-        if max(spec.pyramid[0].stride_zyx) > 1:
-            elements += _DECODER_LEVEL_MAPS
-    # Stems of further modalities work at the finest level.
-    elements += per_level[0] * sum(modality not in spec.input.modalities for modality in modalities)
+    new = tuple(modality for modality in modalities if modality not in spec.input.modalities)
+    elements, macs = _per_voxel(spec, new, with_decoder=view == "patch")
     width = min(1.0, spec.pyramid[0].channels / _FULL_SPEED_CHANNELS)
     budget = _REFERENCE_ELEMENTS * memory_gb / _REFERENCE_GB / elements
     if not on_cpu:
@@ -75,6 +70,58 @@ def training_costs(
 def needed_gb(costs: Costs, voxels: int, batch: int) -> float:
     """Memory in GB to train on batches of `batch` inputs of `voxels` each."""
     return _REFERENCE_GB * costs.elements * voxels * batch / MIN_BATCH / _REFERENCE_ELEMENTS
+
+
+def _per_voxel(spec: FoundationSpec, new: tuple[str, ...], with_decoder: bool) -> tuple[float, float]:
+    """Feature map elements and multiply-accumulates per input voxel, with stems for the `new` modalities."""
+    per_level = [level.conv_maps / math.prod(level.stride_zyx) for level in spec.pyramid]
+    stems = {modality: new_stem_levels(spec) for modality in new}
+    skips = skip_levels(spec, stems)
+    if not skips.detail:  # a decoder mirrors the encoder, and stems work at the finest level
+        passes = 2 if with_decoder else 1
+        return passes * sum(per_level) + len(new) * per_level[0], passes * spec.encoder_macs_per_voxel
+    if spec.projection.stride_zyx not in [level.stride_zyx for level in spec.pyramid]:
+        per_level.append(spec.projection.conv_maps / math.prod(spec.projection.stride_zyx))
+    parts = [(sum(per_level), spec.encoder_macs_per_voxel), *(_path_costs(1, levels) for levels in stems.values())]
+    if with_decoder:
+        parts += [_path_costs(skips.native_channels, skips.detail), _decoder_costs(skips), _neck_costs(skips)]
+    elements, macs = (sum(costs) for costs in zip(*parts))
+    return elements, macs
+
+
+def _path_costs(channels: int, levels: tuple[FeatureLevel, ...]) -> tuple[float, float]:
+    """Of a residual path: a convolution that takes the input in, then two and a shortcut at each level."""
+    elements = sum(level.conv_maps / math.prod(level.stride_zyx) for level in levels)
+    own = levels[0].channels
+    macs = _KERNEL * channels * own
+    for level in levels:
+        before, own = own, level.channels
+        macs += own * (_KERNEL * (before + own) + before) / math.prod(level.stride_zyx)
+    return elements, macs
+
+
+def _decoder_costs(skips: SkipLevels) -> tuple[float, float]:
+    """A transposed convolution and two convolutions at each level; the logits cost next to nothing."""
+    elements = macs = 0.0
+    width = skips.levels[-1].channels
+    for level, own in reversed(list(zip(skips.levels, skips.decoder_channels))):
+        voxels = math.prod(level.stride_zyx)
+        elements += 3 * own / voxels
+        macs += own * (width + _KERNEL * (level.channels + 2 * own)) / voxels
+        width = own
+    return elements, macs
+
+
+def _neck_costs(skips: SkipLevels) -> tuple[float, float]:
+    """Transposed convolutions from hidden layers to finer levels."""
+    elements = macs = 0.0
+    for source, path in skips.neck:
+        width = skips.hidden_channels[source]
+        for level in path:
+            elements += level.backbone_channels / math.prod(level.stride_zyx)
+            macs += width * level.backbone_channels / math.prod(level.stride_zyx)
+            width = level.backbone_channels
+    return elements, macs
 
 
 def _cores() -> int:

@@ -22,7 +22,9 @@ class IntensityRule:
 
     `piecewise`: linear interpolation between knots, constant beyond the outer ones. Two knots are a
     clipped affine map, so windows and clip-then-z-score (nnU-Net's CT rule) are the same rule.
-    `zscore`: mean 0, standard deviation 1 over the image (for modalities without a physical unit).
+    For modalities without a physical unit, each over the cropped image: `zscore`: mean 0, standard deviation 1;
+    `zscore_nonzero`: the same over the voxels inside the image's nonzero region, the others are left at 0;
+    `minmax`: 0 to 1. `identity`: as they are.
     """
 
     scheme: str
@@ -52,9 +54,10 @@ class FeatureLevel:
 class InputContract:
     """How a foundation was trained to be fed.
 
-    `orientation`: arrays are z, y, x of an image stored in this patient orientation ("LPS" is ITK's);
-    None: as stored. `spacing_zyx_mm`: None means any. `fixed_shape_zyx`: the only input shape that
-    works, or None. `divisible_by_zyx`: input shapes must be multiples of this.
+    `orientation`: arrays are z, y, x of an image stored in this patient orientation ("LPS" is ITK's), or, in small
+    letters, with its stored axes in this order ("xyz" without a change); None: as stored. `spacing_zyx_mm`: None means
+    any. `fixed_shape_zyx`: the only input shape that works, or None. `divisible_by_zyx`: input shapes must be multiples
+    of this.
     `intensity`: modality -> rule, at least for the native modalities.
     """
 
@@ -64,6 +67,24 @@ class InputContract:
     fixed_shape_zyx: ZYX | None
     divisible_by_zyx: ZYX
     intensity: dict[str, IntensityRule]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Habits that a trained network depends on; the defaults are this package's own.
+
+    `crop`: to the "body", to the "nonzero" region (nnU-Net), or "none". `padding`: what fills a tile beyond the image:
+    "air", or "zero" after normalisation (nnU-Net). `mirror_axes`: of z, y, x (0, 1, 2) those mirrored in training.
+    """
+
+    crop: str = "body"
+    padding: str = "air"
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        known = self.crop in ("body", "nonzero", "none") and self.padding in ("air", "zero")
+        if not known or not set(self.mirror_axes) <= {0, 1, 2}:
+            raise ValueError(f"unknown conventions: crop {self.crop}, padding {self.padding}, axes {self.mirror_axes}.")
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,8 @@ class FoundationSpec:
         if not self.input.modalities or not self.pyramid:
             raise ValueError("a foundation has at least one native modality and one level of features.")
         strides = [level.stride_zyx for level in self.pyramid]
+        if self.kind not in ("pyramid", "tokens") or (self.kind == "tokens" and len(set(strides)) > 1):
+            raise ValueError(f"a foundation is a pyramid, or tokens at one stride; not {self.kind} at {strides}.")
         chain = [*strides, self.input.divisible_by_zyx]
         if not all(_divides(fine, coarse) for fine, coarse in zip(chain, chain[1:])):
             raise ValueError(

@@ -71,9 +71,7 @@ def _resized_slabs(logits_czyx: np.ndarray, geometry: CaseGeometry) -> Iterator[
     """Yields (rows of the cropped volume, logits of these rows at the crop's resolution)."""
     shape: ZYX = tuple(b - a for a, b in zip(geometry.crop_start_zyx, geometry.crop_stop_zyx, strict=True))
     small = logits_czyx.shape[1:]
-    spacing = geometry.oriented.spacing_zyx_mm
-    network_spacing = tuple(s * n / m for s, n, m in zip(spacing, shape, small, strict=True))
-    orders = axis_orders(network_spacing, spacing, order=1)
+    orders = axis_orders(geometry.network_spacing_zyx_mm, geometry.oriented.spacing_zyx_mm, order=1)
     z, y, x = (axis_matrix(n, m, order) for n, m, order in zip(small, shape, orders, strict=True))
     height = max(1, _SLAB_BYTES // (4 * len(logits_czyx) * shape[1] * shape[2]))
     for start in range(0, shape[0], height):

@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unicon_pipeline.contract import ZYX, FoundationSpec, filled_strides
+from unicon_pipeline.contract import ZYX, FoundationSpec
 from unicon_pipeline.dataset import Task
 from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import PlanError
+from unicon_pipeline.levels import TOKENS, new_stem_levels, skip_levels
 from unicon_pipeline.plan import DataPlan
 
 STEPS_PER_EPOCH = 50
 DEFAULT_EPOCHS = 250
-_STEM_FEATURES = (16, 32, 64)
 _RANK, _ALPHA = 8, 16.0
 _SUPERVISED_LEVELS = 3
 _DROPOUT = 0.3
@@ -124,14 +124,18 @@ def plan_extension(
         new_stems=new,
         reused_stems=reused,
         adapter=AdapterPlan("low_rank", _RANK, _ALPHA),
-        head=HeadPlan("unet", plan.labels.output_channels, {"supervised_levels": _SUPERVISED_LEVELS}),
+        head=HeadPlan(
+            "unetr" if spec.kind == TOKENS else "unet",
+            plan.labels.output_channels,
+            {"supervised_levels": _SUPERVISED_LEVELS},
+        ),
         schedule=dataclasses.replace(schedule, modality_dropout=_DROPOUT if len(plan.modalities) > 1 else 0.0),
         training_cases=training,
         validation_cases=tuple(case for case in stored_cases if case in validation),
         seed=seed,
         decisions=(),
     )
-    decisions = (*_part_decisions(extension, plan.labels.regions), *_training_decisions(extension, fold))
+    decisions = (*_part_decisions(extension, spec, plan.labels.regions), *_training_decisions(extension, fold))
     return dataclasses.replace(extension, decisions=decisions)
 
 
@@ -169,23 +173,40 @@ def _validation_cases(plan: DataPlan, fold: int | str) -> frozenset[str]:
 
 
 def _new_stem(modality: str, spec: FoundationSpec) -> StemPlan:
-    if "." in modality:  # a dot ends a name in the weights' keys
-        raise PlanError(f"The modality {modality} cannot have a stem: rename it without the dot in dataset.json.")
-    strides = filled_strides({spec.projection.stride_zyx, *(level.stride_zyx for level in spec.pyramid)})
-    depth = max(len(_STEM_FEATURES), strides.index(spec.projection.stride_zyx) + 1)
-    features = tuple(min(_STEM_FEATURES[0] * 2**level, 2 * _STEM_FEATURES[-1]) for level in range(depth))
-    return StemPlan(modality, "residual_stem", strides[:depth], features[: len(strides)])
+    from torch import nn  # only here: planning needs no network
+
+    # Stems are entries of an nn.ModuleDict under their modality: its own attributes and a dot, which ends a name in
+    # the weights' keys, cannot name one.
+    if "." in modality or hasattr(nn.ModuleDict(), modality):
+        why = "without the dot " if "." in modality else ""
+        raise PlanError(f"The modality {modality} cannot have a stem: rename it {why}in dataset.json.")
+    levels = new_stem_levels(spec)
+    kind = "patch_embedding" if spec.kind == TOKENS else "residual_stem"
+    return StemPlan(
+        modality, kind, tuple(level.stride_zyx for level in levels), tuple(level.channels for level in levels)
+    )
 
 
-def _part_decisions(extension: ExtensionPlan, regions: bool) -> Iterator[Decision]:
+def _part_decisions(extension: ExtensionPlan, spec: FoundationSpec, regions: bool) -> Iterator[Decision]:
+    tokens = spec.kind == TOKENS
     for stem in extension.new_stems:
-        yield Decision(f"stem {stem.modality}", "new", f"the model has never met {stem.modality}; gated at zero")
+        how = "a patch embedding beside the foundation's, " if tokens else ""
+        yield Decision(f"stem {stem.modality}", "new", f"the model has never met {stem.modality}; {how}gated at zero")
     for stem in extension.reused_stems:
         yield Decision(f"stem {stem.modality}", "reused, frozen", "an earlier task brought it")
-    where = "every convolution, and norm scales: UNICON's rank for segmentation; the foundation itself stays frozen"
+    layers = "linear layer" if tokens else "convolution"
+    where = f"every {layers}, and norm scales: UNICON's rank for segmentation; the foundation itself stays frozen"
     yield Decision("adapter", f"rank {extension.adapter.rank}, alpha {extension.adapter.alpha:g}", where)
+    decoder = "UNETR" if tokens else "U-Net"
     kind = "regions overlap: one sigmoid each" if regions else "exclusive labels: softmax with background"
-    yield Decision("head", f"U-Net decoder, {extension.head.output_channels} channels", kind)
+    yield Decision("head", f"{decoder} decoder, {extension.head.output_channels} channels", kind)
+    if tokens:
+        reason = "the foundation's layers all lie at one stride: transposed convolutions bring them to finer ones"
+        yield Decision("neck", f"{len(spec.pyramid)} hidden layers", reason)
+    if detail := skip_levels(spec, {}).detail:
+        finest = " x ".join(str(step) for step in spec.pyramid[0].stride_zyx)
+        reason = f"the foundation's finest map has {finest} voxels a position: the head sees the image itself as well"
+        yield Decision("detail path", f"{', '.join(str(level.channels) for level in detail)} features", reason)
     yield Decision("loss", "Dice + cross-entropy", f"nnU-Net's, supervised at {_SUPERVISED_LEVELS} levels")
 
 

@@ -7,23 +7,28 @@ What it declares in its `FoundationSpec` is all that stems, heads and planner kn
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicon_pipeline.contract import CT_HU_RULE, ZYX, FeatureLevel, FoundationSpec, InputContract
-from unicon_pipeline.errors import CheckpointError
+from unicon_pipeline.contract import ZYX, FeatureLevel, FoundationSpec, InputContract
 from unicon_pipeline.registry import Registry
 
 
 class Foundation(nn.Module, ABC):
-    """Base of every family, which sets `spec` and implements `project` and `stages`."""
+    """Base of every family, which implements `project` and `stages`.
 
-    spec: FoundationSpec
+    It is built from `spec.architecture`, `spec.arch_kwargs` and `spec.input` alone.
+    """
+
+    def __init__(self, spec: FoundationSpec):
+        super().__init__()
+        self.spec = spec
 
     @abstractmethod
     def project(self, native_bczyx: Tensor) -> Tensor:
@@ -31,7 +36,7 @@ class Foundation(nn.Module, ABC):
 
     @abstractmethod
     def stages(self, projected: Tensor) -> list[Tensor]:
-        """Projection level to feature pyramid, finest first, as declared in `spec.pyramid`."""
+        """Projection level to the maps (B, C, Z, Y, X) that `spec.pyramid` declares: finest or shallowest first."""
 
     def forward(self, native_bczyx: Tensor | None, native_present: Tensor | None, added: Tensor | None) -> list[Tensor]:
         """Features of a batch whose modalities may differ from case to case.
@@ -53,119 +58,95 @@ class Foundation(nn.Module, ABC):
 FOUNDATIONS: Registry[type[Foundation]] = Registry("foundation architecture")
 
 
-@FOUNDATIONS.register("residual_encoder")
-class ResidualEncoderFoundation(Foundation):
-    """dynamic-network-architectures' ResidualEncoder with instance norm; its stem is the input projection."""
-
-    def __init__(self, spec: FoundationSpec):
-        super().__init__()
-        self.spec = spec
-        arguments = spec.arch_kwargs
-        self.encoder = residual_encoder(
-            len(spec.input.modalities),
-            arguments["features_per_stage"],
-            arguments["strides"],
-            arguments["blocks_per_stage"],
-        )
-
-    def project(self, native_bczyx: Tensor) -> Tensor:
-        return self.encoder.stem(native_bczyx)
-
-    def stages(self, projected: Tensor) -> list[Tensor]:
-        pyramid = []
-        for stage in self.encoder.stages:
-            projected = stage(projected)
-            pyramid.append(projected)
-        return pyramid
-
-
-def residual_encoder(
-    input_channels: int, features: Sequence[int], strides: Sequence[Sequence[int]], blocks: Sequence[int]
-) -> ResidualEncoder:
-    """3-D residual encoder with instance norm that returns the map of every stage; `strides` z, y, x per stage."""
-    return ResidualEncoder(
-        input_channels=input_channels,
-        n_stages=len(features),
-        features_per_stage=list(features),
-        conv_op=nn.Conv3d,
-        kernel_sizes=3,
-        strides=[list(stride) for stride in strides],
-        n_blocks_per_stage=list(blocks),
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        return_skips=True,
-    )
-
-
-def build_foundation(spec: FoundationSpec) -> Foundation:
-    """The network that `spec` declares, with fresh weights.
-
-    Raises:
-        UniconError: this installation has no such architecture.
-        CheckpointError: the architecture does not take these arguments.
-    """
-    family = FOUNDATIONS[spec.architecture]
-    try:
-        return family(spec)
-    except (LookupError, TypeError, ValueError, AssertionError, RuntimeError) as problem:
-        raise CheckpointError(
-            f"foundation.json: {spec.architecture} cannot be built from {spec.arch_kwargs}: {problem}."
-        ) from problem
-
-
 def freeze(module: nn.Module) -> nn.Module:
     """No gradients, and evaluation mode (running statistics too)."""
     return module.requires_grad_(False).eval()
 
+_USUAL_EDGE = 128  # attention's share of the costs depends on the size of the input
+_SHORTCUT = re.compile(r"\b(skip|downsample)\b")  # as dynamic-network-architectures and torchvision name them
 
-def new_residual_encoder_spec(
+
+def declare(
+    architecture: str,
+    arch_kwargs: dict[str, Any],
+    contract: InputContract,
+    kind: str,
     licence: str,
-    provenance: dict,
-    features: Sequence[int] = (16, 32, 64, 96, 128),
-    strides: Sequence[ZYX] = ((1, 1, 1), *((2, 2, 2),) * 4),
+    provenance: dict[str, Any],
 ) -> FoundationSpec:
-    """The declaration of a fresh CT foundation, by default that of `unicon_pretrain`: one residual block a stage."""
-    blocks = [1] * len(features)
-    pyramid, stride = [], (1, 1, 1)
-    for channels, step, count in zip(features, strides, blocks, strict=True):
-        stride = tuple(a * b for a, b in zip(stride, step))
-        convolutions = 2 * count + (stride == (1, 1, 1))  # the input projection works at full resolution
-        pyramid.append(FeatureLevel(stride, channels, channels * convolutions))
+    """The declaration of a network: its levels and costs are read off one forward pass without data (meta device)."""
+    provisional = FeatureLevel((1, 1, 1), 1, 1)
     spec = FoundationSpec(
-        architecture="residual_encoder",
-        arch_kwargs={
-            "features_per_stage": list(features),
-            "strides": [list(step) for step in strides],
-            "blocks_per_stage": blocks,
-        },
-        input=InputContract(
-            modalities=("CT",),
-            orientation="LPS",
-            spacing_zyx_mm=None,
-            fixed_shape_zyx=None,
-            divisible_by_zyx=stride,
-            intensity={"CT": CT_HU_RULE},
-        ),
-        kind="pyramid",
-        projection=FeatureLevel((1, 1, 1), features[0], features[0]),
-        pyramid=tuple(pyramid),
-        embedding_channels=features[-1],
-        encoder_macs_per_voxel=0.0,
-        licence=licence,
-        provenance=provenance,
+        architecture, arch_kwargs, contract, kind, provisional, (provisional,), 1, 0.0, licence, provenance
     )
-    return dataclasses.replace(spec, encoder_macs_per_voxel=_macs_per_voxel(spec))
-
-
-def _macs_per_voxel(spec: FoundationSpec) -> float:
-    shape = tuple(4 * divisor for divisor in spec.input.divisible_by_zyx)
+    shape = contract.fixed_shape_zyx or tuple(max(4, -(-_USUAL_EDGE // by)) * by for by in contract.divisible_by_zyx)
     with torch.device("meta"):
-        foundation = build_foundation(spec)
-        native = torch.empty((1, len(spec.input.modalities), *shape))
+        foundation = freeze(FOUNDATIONS[architecture](spec))
+        native = torch.empty((1, len(contract.modalities), *shape))
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        foundation(native, None, None)
-    return counter.get_total_flops() / 2 / native[0, 0].numel()
+    with torch.no_grad(), counter, _KeptOutputs(foundation) as kept:
+        projected = foundation.project(native)
+        of_projection = len(kept.outputs)
+        pyramid = foundation.stages(projected)
+    strides = [_stride(shape, level) for level in pyramid]
+    at_projection = _stride(shape, projected)
+    maps = _maps_by_stride(kept.outputs, shape, [*strides, at_projection])
+    projection_maps = sum(_maps_by_stride(kept.outputs[:of_projection], shape, [at_projection]).values())
+    levels = [FeatureLevel(at, level.shape[1], maps.pop(at, 0)) for at, level in zip(strides, pyramid, strict=True)]
+    return dataclasses.replace(
+        spec,
+        projection=FeatureLevel(at_projection, projected.shape[1], projection_maps),
+        pyramid=tuple(levels),
+        embedding_channels=levels[-1].channels,
+        encoder_macs_per_voxel=counter.get_total_flops() / 2 / math.prod(shape),
+    )
+
+
+class _KeptOutputs:
+    """Records what a backward pass keeps of a forward pass: outputs of layers with weights, and attention maps.
+
+    `outputs`: (positions, channels) of each. The 1x1x1 shortcuts of residual blocks are left out.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.outputs: list[tuple[int, int]] = []
+
+    def __enter__(self) -> _KeptOutputs:
+        kept = [m for name, m in self.module.named_modules() if _keeps_its_output(name, m)]
+        self._hooks = [module.register_forward_hook(self._record) for module in kept]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _record(self, module: nn.Module, _: object, output: Tensor) -> None:
+        if isinstance(module, nn.Conv3d):
+            channels = output.shape[1]
+        elif isinstance(module, nn.Linear):
+            channels = output.shape[-1]
+        else:  # (windows, heads, queries, keys)
+            channels = output.shape[1] * output.shape[3]
+        self.outputs.append((output.numel() // channels, channels))
+
+
+def _keeps_its_output(name: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv3d):
+        return math.prod(module.kernel_size) > 1 or _SHORTCUT.search(name) is None
+    return isinstance(module, nn.Linear | nn.Softmax)
+
+
+def _maps_by_stride(outputs: list[tuple[int, int]], shape_zyx: ZYX, strides: list[ZYX]) -> dict[ZYX, int]:
+    """Channels of `outputs` summed at the stride they lie at; positions between two strides count at the nearer one."""
+    voxels, maps = math.prod(shape_zyx), {}
+    for positions, channels in outputs:
+        reduction = voxels / positions
+        nearest = min(strides, key=lambda stride: abs(math.log(math.prod(stride) / reduction)))
+        maps[nearest] = maps.get(nearest, 0.0) + math.prod(nearest) / reduction * channels
+    return {stride: math.ceil(count) for stride, count in maps.items()}
+
+
+def _stride(shape_zyx: ZYX, level: Tensor) -> ZYX:
+    z, y, x = (n // m for n, m in zip(shape_zyx, level.shape[2:], strict=True))
+    return z, y, x

@@ -125,14 +125,19 @@ def orientation_code(grid: Grid) -> str:
 
 
 def orient(volume: Volume, code: str) -> Volume:
-    """Permutes and flips axes so that `orientation_code` gives `code`; no value changes, so it can be undone.
+    """Permutes and flips axes; no value changes, so it can be undone.
+
+    Args:
+        code: what `orientation_code` gives then, such as "LPS"; or "xyz", "yzx"...: the stored index axes, permuted.
 
     Raises:
-        ValueError: `code` does not name each patient axis once.
+        ValueError: `code` does not name each axis once.
     """
-    current = orientation_code(volume.grid)
-    permutation, flips = _steps(current, code.upper())
-    if current == code.upper():
+    current, wanted = orientation_code(volume.grid), code.upper()
+    if sorted(wanted) == ["X", "Y", "Z"]:
+        wanted = "".join(current["XYZ".index(axis)] for axis in wanted)
+    permutation, flips = _steps(current, wanted)
+    if current == wanted:
         return volume
     spacing_xyz = volume.grid.spacing_zyx_mm[::-1]
     size_xyz = volume.grid.shape_zyx[::-1]

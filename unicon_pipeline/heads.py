@@ -1,38 +1,25 @@
 """Heads: what a task reads off the feature pyramid.
 
-A head is built from the declared levels alone (`SkipLevel`), so any foundation and any set of stems
+A head is built from the declared levels alone (`SkipLevels`), so any foundation and any set of stems
 serves any head. A new kind of head is one registered class.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from torch import Tensor, nn
 
-from unicon_pipeline.contract import ZYX, FeatureLevel, FoundationSpec, filled_strides
+from unicon_pipeline.contract import ZYX
 from unicon_pipeline.errors import PlanError
+from unicon_pipeline.levels import DETAIL, TOKENS, SkipLevel, SkipLevels
 from unicon_pipeline.registry import Registry
+from unicon_pipeline.stems import masked, residual_path
 
 HEADS: Registry[type[nn.Module]] = Registry("head")
-
-_FEWEST_DECODER_CHANNELS = 16
-_MOST_DECODER_CHANNELS = 320
-
-
-@dataclass(frozen=True)
-class SkipLevel:
-    """What is on offer at one stride: the foundation's channels (0: none) and each stem's, in a fixed order."""
-
-    stride_zyx: ZYX
-    backbone_channels: int
-    stem_channels: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def channels(self) -> int:
-        return self.backbone_channels + sum(channels for _, channels in self.stem_channels)
 
 
 @dataclass(frozen=True)
@@ -40,24 +27,14 @@ class Features:
     """A forward pass, as heads see it: the foundation's maps and each stem's maps, all finest first.
 
     `stems`: modality -> maps; a modality absent from the whole batch is missing here.
+    `native`: the images (B, native channels, Z, Y, X), absent channels zero; None when no case has any.
+    `native_present`: (B,) whether a case has a native modality; None when all have.
     """
 
     pyramid: list[Tensor]
     stems: dict[str, list[Tensor]]
-
-
-def skip_levels(spec: FoundationSpec, stem_levels: dict[str, tuple[FeatureLevel, ...]]) -> tuple[SkipLevel, ...]:
-    """All levels a head can read, finest first, from full resolution on.
-
-    Strides that neither foundation nor stems offer are filled in with empty levels.
-    """
-    backbone = {level.stride_zyx: level.channels for level in spec.pyramid}
-    parallel: dict[ZYX, list[tuple[str, int]]] = {}
-    for modality, levels in sorted(stem_levels.items()):
-        for level in levels:
-            parallel.setdefault(level.stride_zyx, []).append((modality, level.channels))
-    strides = filled_strides(set(backbone) | set(parallel))
-    return tuple(SkipLevel(s, backbone.get(s, 0), tuple(parallel.get(s, ()))) for s in strides)
+    native: Tensor | None = None
+    native_present: Tensor | None = None
 
 
 @HEADS.register("unet")
@@ -67,9 +44,15 @@ class UNetHead(nn.Module):
     Logits come at each of the `supervised_levels` finest levels, for deep supervision.
     """
 
-    def __init__(self, levels: tuple[SkipLevel, ...], output_channels: int, supervised_levels: int = 3):
-        """Raises PlanError: there is a single level, or none to supervise."""
+    reads_tokens = False
+
+    def __init__(self, skips: SkipLevels, output_channels: int, supervised_levels: int = 3):
+        """Raises PlanError: another kind of foundation, a single level, or none to supervise."""
         super().__init__()
+        levels = skips.levels
+        if (skips.kind == TOKENS) != self.reads_tokens:
+            fitting = "unetr" if skips.kind == TOKENS else "unet"
+            raise PlanError(f"The decoder for a foundation of kind {skips.kind} is {fitting}, and no other.")
         if len(levels) < 2 or supervised_levels < 1:
             raise PlanError(
                 "A U-Net decoder needs features at two strides or more, and logits at one level or more; "
@@ -80,14 +63,14 @@ class UNetHead(nn.Module):
         width = levels[-1].channels
         self.up, self.blocks, self.logits = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for index in reversed(range(len(levels) - 1)):
-            fine, coarse = levels[index], levels[index + 1]
-            step = tuple(c // f for c, f in zip(coarse.stride_zyx, fine.stride_zyx, strict=True))
-            own = min(max(fine.backbone_channels or width // 2, _FEWEST_DECODER_CHANNELS), _MOST_DECODER_CHANNELS)
+            fine, own = levels[index], skips.decoder_channels[index]
+            step = _step(levels[index + 1], fine)
             self.up.append(nn.ConvTranspose3d(width, own, step, step))
             self.blocks.append(_conv_block(own + fine.channels, own))
             supervised = index < len(self.supervised_strides)
             self.logits.append(nn.Conv3d(own, output_channels, 1) if supervised else nn.Identity())
             width = own
+        self.detail = residual_path(skips.native_channels, skips.detail) if skips.detail else None
 
     def forward(self, features: Features, every_level: bool = False) -> list[Tensor]:
         """Logits (B, output_channels, Z, Y, X), finest first; the finest alone unless `every_level`."""
@@ -103,17 +86,19 @@ class UNetHead(nn.Module):
         return outputs[::-1]
 
     def _gather(self, features: Features) -> list[Tensor | None]:
-        """One tensor per level, finest first; a stem that is absent gives zeros."""
+        """One tensor per level, finest first; a stem that is absent gives zeros, and so does the detail path."""
         pyramid = list(features.pyramid)
-        waiting = {modality: list(maps) for modality, maps in features.stems.items()}
+        waiting = {name: list(maps) for name, maps in features.stems.items()}
+        if self.detail is not None and features.native is not None:
+            waiting[DETAIL] = [masked(tensor, features.native_present) for tensor in self.detail(features.native)]
         reference, full = pyramid[0], self._full_resolution(features)
         gathered: list[Tensor | None] = []
         for level in self.levels:
             maps = [pyramid.pop(0)] if level.backbone_channels else []
             shape = tuple(size // stride for size, stride in zip(full, level.stride_zyx, strict=True))
-            for modality, channels in level.stem_channels:
-                if modality in waiting:
-                    maps.append(waiting[modality].pop(0).to(reference.dtype))
+            for name, channels in level.side_channels:
+                if name in waiting:
+                    maps.append(waiting[name].pop(0).to(reference.dtype))
                 else:
                     maps.append(reference.new_zeros((reference.shape[0], channels, *shape)))
             gathered.append(torch.cat(maps, dim=1) if len(maps) > 1 else (maps[0] if maps else None))
@@ -124,17 +109,60 @@ class UNetHead(nn.Module):
         return tuple(n * s for n, s in zip(features.pyramid[0].shape[2:], finest.stride_zyx, strict=True))
 
 
+@HEADS.register("unetr")
+class UNETRHead(UNetHead):
+    """The same decoder for a backbone of tokens, whose hidden layers all lie at one stride (UNETR, arXiv 2103.10504).
+
+    The deepest is the bottleneck; transposed convolutions bring shallower ones to the finer levels.
+    """
+
+    reads_tokens = True
+
+    def __init__(self, skips: SkipLevels, output_channels: int, supervised_levels: int = 3):
+        """Raises PlanError: as the U-Net decoder."""
+        super().__init__(skips, output_channels, supervised_levels)
+        self.sources = tuple(source for source, _ in skips.neck)
+        at_tokens = skips.levels[len(skips.detail)]
+        self.neck = nn.ModuleList(
+            _upsampling(skips.hidden_channels[source], (at_tokens, *path)) for source, path in skips.neck
+        )
+
+    def forward(self, features: Features, every_level: bool = False) -> list[Tensor]:
+        """As the U-Net decoder; `features.pyramid` holds the hidden layers, shallowest first."""
+        hidden = features.pyramid
+        pyramid = [up(hidden[source]) for source, up in zip(self.sources, self.neck, strict=True)]
+        return super().forward(dataclasses.replace(features, pyramid=pyramid), every_level)
+
+
 @HEADS.register("pooled_linear")
 class PooledLinearHead(nn.Module):
     """Mean of the foundation's coarsest map over all positions, then one linear layer: (B, output_channels) logits."""
 
-    def __init__(self, levels: tuple[SkipLevel, ...], output_channels: int):
+    def __init__(self, skips: SkipLevels, output_channels: int):
         super().__init__()
-        coarsest = next(level for level in reversed(levels) if level.backbone_channels)
-        self.linear = nn.Linear(coarsest.backbone_channels, output_channels)
+        self.linear = nn.Linear(skips.hidden_channels[-1], output_channels)
 
     def forward(self, features: Features) -> Tensor:
         return self.linear(features.pyramid[-1].mean(dim=(2, 3, 4), dtype=self.linear.weight.dtype))
+
+
+def _upsampling(width: int, levels: tuple[SkipLevel, ...]) -> nn.Module:
+    """From the first of `levels` to the last, which may be the same, one step at a time."""
+    layers = []
+    for coarse, fine in zip(levels, levels[1:]):
+        step, own = _step(coarse, fine), fine.backbone_channels
+        layers += [
+            nn.ConvTranspose3d(width, own, step, step, bias=False),
+            nn.InstanceNorm3d(own, eps=1e-5, affine=True),
+            nn.LeakyReLU(inplace=True),
+        ]
+        width = own
+    return nn.Sequential(*layers)
+
+
+def _step(coarse: SkipLevel, fine: SkipLevel) -> ZYX:
+    z, y, x = (c // f for c, f in zip(coarse.stride_zyx, fine.stride_zyx, strict=True))
+    return z, y, x
 
 
 def _conv_block(channels_in: int, channels_out: int) -> nn.Module:

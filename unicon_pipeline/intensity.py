@@ -61,17 +61,20 @@ def rules_for(
     return rules
 
 
-def normalise(array_zyx: np.ndarray, rule: IntensityRule) -> np.ndarray:
+def normalise(array_zyx: np.ndarray, rule: IntensityRule, nonzero_zyx: np.ndarray | None = None) -> np.ndarray:
     """The values as network input: a new float32 array of the same shape; the input is left alone.
 
-    A constant image becomes 0 under `zscore`.
+    A constant image becomes 0 under `zscore` and `minmax`.
+
+    Args:
+        nonzero_zyx: bool, what `nonzero_region` gives; only `zscore_nonzero` reads it.
 
     Raises:
         PlanError: the rule's scheme is unknown or its knots do not increase.
     """
     _check_rule(rule, "intensity rule")
-    if rule.scheme == "zscore":
-        return _standardised(array_zyx)
+    if rule.scheme != "piecewise":
+        return _WHOLE_IMAGE[rule.scheme](array_zyx, nonzero_zyx)
     result = np.empty(array_zyx.shape, dtype=np.float32)
     for plane, out in zip(array_zyx, result, strict=True):  # plane by plane: the temporaries stay in the cache
         _piecewise(np.asarray(plane, dtype=np.float32), rule, out)
@@ -154,19 +157,33 @@ def body_box(volumes: Mapping[str, Volume]) -> tuple[slice, slice, slice]:
     return z, y, x
 
 
-def _extent(line: np.ndarray) -> slice:
+def nonzero_region(volumes: Mapping[str, Volume]) -> np.ndarray:
+    """Where any of the images is not 0, holes filled (bool, z y x): nnU-Net's region to crop and standardise."""
+    region = np.logical_or.reduce([volume.array_zyx != 0 for volume in volumes.values()])
+    return ndimage.binary_fill_holes(region)
+
+
+def box_of(mask_zyx: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box (z, y, x slices) that holds the mask; where it is empty, the whole image."""
+    lines = (mask_zyx.any(axis=(1, 2)), mask_zyx.any(axis=(0, 2)), mask_zyx.any(axis=(0, 1)))
+    z, y, x = (_extent(line, margin=0) for line in lines)
+    return z, y, x
+
+
+def _extent(line: np.ndarray, margin: int = BODY_MARGIN_VOXELS) -> slice:
     indices = np.flatnonzero(line)
     if len(indices) == 0:
         return slice(0, len(line))
-    start = max(0, int(indices[0]) - BODY_MARGIN_VOXELS)
-    return slice(start, min(len(line), int(indices[-1]) + 1 + BODY_MARGIN_VOXELS))
+    start = max(0, int(indices[0]) - margin)
+    return slice(start, min(len(line), int(indices[-1]) + 1 + margin))
 
 
 def _check_rule(rule: IntensityRule, name: str) -> None:
-    if rule.scheme == "zscore":
+    if rule.scheme in _WHOLE_IMAGE:
         return
     if rule.scheme != "piecewise":
-        raise PlanError(f"{name}: unknown intensity scheme {rule.scheme!r}; known are piecewise and zscore.")
+        known = ", ".join(("piecewise", *_WHOLE_IMAGE))
+        raise PlanError(f"{name}: unknown intensity scheme {rule.scheme!r}; known are {known}.")
     knots, values = rule.knots_in, rule.knots_out
     increasing = all(a < b for a, b in zip(knots, knots[1:], strict=False))
     if len(knots) < 2 or len(knots) != len(values) or not increasing or not all(map(math.isfinite, knots + values)):
@@ -200,6 +217,25 @@ def _standardised(array_zyx: np.ndarray) -> np.ndarray:
         return np.zeros_like(result)
     result /= np.float32(deviation)
     return result
+
+
+def _standardised_inside(array_zyx: np.ndarray, nonzero_zyx: np.ndarray) -> np.ndarray:
+    result = np.zeros(array_zyx.shape, np.float32)
+    result[nonzero_zyx] = _standardised(array_zyx[nonzero_zyx])
+    return result
+
+
+def _scaled_to_one(array_zyx: np.ndarray) -> np.ndarray:
+    result = array_zyx.astype(np.float32) - np.float32(array_zyx.min())
+    return result / max(float(result.max()), 1e-8)
+
+
+_WHOLE_IMAGE = {
+    "zscore": lambda array_zyx, _: _standardised(array_zyx),
+    "zscore_nonzero": _standardised_inside,
+    "minmax": lambda array_zyx, _: _scaled_to_one(array_zyx),
+    "identity": lambda array_zyx, _: array_zyx.astype(np.float32),
+}
 
 
 def _sample(array_zyx: np.ndarray) -> np.ndarray:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from unicon_pipeline.adapters import ADAPTERS
 from unicon_pipeline.extension_plan import ExtensionPlan, StemPlan
 from unicon_pipeline.foundation import Foundation, freeze
-from unicon_pipeline.heads import HEADS, Features, skip_levels
-from unicon_pipeline.stems import STEMS
+from unicon_pipeline.heads import HEADS, Features
+from unicon_pipeline.levels import skip_levels
+from unicon_pipeline.stems import STEMS, masked
 from unicon_pipeline.weights import canonical_state
 
 
@@ -62,7 +63,7 @@ class TaskModel(nn.Module):
         return self.head(self.features(images_bczyx, present_bc), **head_options)
 
     def features(self, images_bczyx: Tensor, present_bc: Tensor) -> Features:
-        """The foundation's pyramid and the stems' maps; a modality absent from the whole batch costs nothing."""
+        """What the head reads; a modality absent from the whole batch costs nothing."""
         added, maps = None, {}
         for name, stem in self.stems.items():
             channel = self.modalities.index(name)
@@ -71,14 +72,13 @@ class TaskModel(nn.Module):
                 continue
             projected, skips = stem(images_bczyx[:, channel : channel + 1])
             if not bool(present.all()):
-                projected, *skips = (_masked(tensor, present) for tensor in (projected, *skips))
+                projected, *skips = (masked(tensor, present) for tensor in (projected, *skips))
             added = projected if added is None else added + projected
             maps[name] = skips
         native, native_present = self._native(images_bczyx, present_bc)
         inputs = (native, native_present, added)
-        if self.adapter is None:
-            return Features(self.foundation(*inputs), maps)
-        return Features(self.adapter(self.foundation, *inputs), maps)
+        pyramid = self.foundation(*inputs) if self.adapter is None else self.adapter(self.foundation, *inputs)
+        return Features(pyramid, maps, native, native_present)
 
     def _native(self, images_bczyx: Tensor, present_bc: Tensor) -> tuple[Tensor | None, Tensor | None]:
         wanted = self.foundation.spec.input.modalities
@@ -115,13 +115,9 @@ def build_task_model(extension: ExtensionPlan, foundation: Foundation, known_ste
     """
     new = {stem.modality: build_stem(stem, foundation) for stem in extension.new_stems}
     stems = {stem.modality: {**known_stems, **new}[stem.modality] for stem in extension.stems}
-    levels = skip_levels(foundation.spec, {modality: stem.levels for modality, stem in stems.items()})
+    skips = skip_levels(foundation.spec, {modality: stem.levels for modality, stem in stems.items()})
     adapter = None
     if extension.adapter is not None:
         adapter = ADAPTERS[extension.adapter.kind](foundation, extension.adapter.rank, extension.adapter.alpha)
-    head = HEADS[extension.head.kind](levels, extension.head.output_channels, **extension.head.options)
+    head = HEADS[extension.head.kind](skips, extension.head.output_channels, **extension.head.options)
     return TaskModel(foundation, extension.modalities, stems, tuple(new), adapter, head)
-
-
-def _masked(tensor: Tensor, present_b: Tensor) -> Tensor:
-    return tensor * present_b.view(-1, 1, 1, 1, 1).to(tensor.dtype)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.extension_plan import ExtensionPlan, StemPlan
-from unicon_pipeline.foundation import Foundation, build_foundation, freeze
+from unicon_pipeline.families import build_foundation, build_native
+from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.model import TaskModel, build_stem, build_task_model
+from unicon_pipeline.native import NativeModel, NativePlan
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import read_json, read_record, sha256_file, sha256_json, to_dict, write_json, write_record
 from unicon_pipeline.store import folder_lock
@@ -58,11 +60,19 @@ class Chain:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """`plan.json` of a task: how its data becomes input, and what it added."""
+    """`plan.json` of a task: how its data becomes input, and what it added.
+
+    A task has an `extension`, or it came with the checkpoint and is `native`.
+    """
 
     data: DataPlan
-    extension: ExtensionPlan
+    extension: ExtensionPlan | None
+    native: NativePlan | None = None
     schema_version: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.extension is None) == (self.native is None):
+            raise ValueError("a task has either an extension or a native network.")
 
 
 class ModelFolder:
@@ -131,9 +141,14 @@ class ModelFolder:
         """A task's card: data fingerprint, metrics, seeds, versions, probe."""
         return read_json(self._checked(f"tasks/{task}/card.json"), CheckpointError)
 
-    def task_model(self, task: str, foundation: Foundation) -> TaskModel:
+    def task_model(self, task: str, foundation: Foundation) -> TaskModel | NativeModel:
         """A task's network with its trained weights, in evaluation mode."""
-        extension = self.task_plan(task).extension
+        plan = self.task_plan(task)
+        if plan.native is not None:
+            native = build_native(plan.native, foundation)
+            self._load(native, f"tasks/{task}", ("foundation.",))
+            return freeze(native)
+        extension = plan.extension
         stems = {stem.modality: self.stem(stem, foundation) for stem in extension.stems}
         # The stems that it brought are the model's by now, as if it reused them.
         trained = dataclasses.replace(extension, new_stems=(), reused_stems=extension.stems)
@@ -161,12 +176,26 @@ class ModelFolder:
                 save_weights(self.path / f"stems/{stem.modality}/{WEIGHTS_FILE}", own)
                 files += [f"stems/{stem.modality}/stem.json", f"stems/{stem.modality}/{WEIGHTS_FILE}"]
             rest = {key: value for key, value in state.items() if not key.startswith("stems.")}
-            write_record(self.path / f"tasks/{name}/plan.json", plan)
-            write_json(self.path / f"tasks/{name}/card.json", card)
-            save_weights(self.path / f"tasks/{name}/{WEIGHTS_FILE}", rest)
-            files += [f"tasks/{name}/{file}" for file in ("card.json", "plan.json", WEIGHTS_FILE)]
+            files += self._write_task(plan, rest, card)
             trained = sum(parameter.numel() for parameter in state.values())
             return self._append("task", name, stems, files, trained)
+
+    def add_native(self, plan: TaskPlan, state: dict[str, Tensor], card: dict[str, Any]) -> ChainEntry:
+        """Writes a task that came with the foundation, and last its entry in the chain.
+
+        Raises:
+            CheckpointError: the model has a task of that name.
+        """
+        with folder_lock(self.path):
+            self._refuse_doubles(plan.data.task, ())
+            return self._append("task", plan.data.task, (), self._write_task(plan, state, card), 0)
+
+    def _write_task(self, plan: TaskPlan, state: dict[str, Tensor], card: dict[str, Any]) -> list[str]:
+        folder = f"tasks/{plan.data.task}"
+        write_record(self.path / folder / "plan.json", plan)
+        write_json(self.path / folder / "card.json", card)
+        save_weights(self.path / folder / WEIGHTS_FILE, state)
+        return [f"{folder}/{file}" for file in ("card.json", "plan.json", WEIGHTS_FILE)]
 
     def _append(self, kind: str, name: str, stems: tuple[str, ...], files: list[str], trained: int) -> ChainEntry:
         entry = ChainEntry(

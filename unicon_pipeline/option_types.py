@@ -39,9 +39,23 @@ def fold_choice(text: str) -> int | str:
     """`all`, or the number of the fold to hold out."""
     if text == "all":
         return text
+    return fold_number(text)
+
+
+def fold_number(text: str) -> int:
+    """The number of a fold."""
     if not text.isascii() or not text.isdigit():
-        raise ArgumentTypeError(f"expected 'all' or the number of a fold (0, 1, ...), found {text!r}")
+        raise ArgumentTypeError(f"expected the number of a fold (0, 1, ...), found {text!r}")
     return int(text)
+
+
+def orientation_code(text: str) -> str:
+    """Three letters, one of each pair R/L, A/P, I/S, such as RAS."""
+    code = text.upper()
+    pairs = {"R": 0, "L": 0, "A": 1, "P": 1, "I": 2, "S": 2}
+    if len(code) != 3 or {pairs.get(letter) for letter in code} != {0, 1, 2}:
+        raise ArgumentTypeError(f"expected one letter of R/L, one of A/P, one of I/S, such as RAS; found {text!r}")
+    return code
 
 
 def existing_path(text: str) -> Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unicon_pipeline.budget import MIN_BATCH, TRAINING_PASSES, Costs, needed_gb, training_costs
-from unicon_pipeline.contract import ZYX, FoundationSpec, IntensityRule, SpacingZYX
+from unicon_pipeline.contract import ZYX, Conventions, FoundationSpec, IntensityRule, SpacingZYX
 from unicon_pipeline.dataset import Labels, Task, patient_folds
 from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import PlanError
@@ -62,11 +62,14 @@ class DataPlan:
     estimated_seconds_per_case: float
     decisions: tuple[Decision, ...]
     fingerprint_sha256: str
+    conventions: Conventions = Conventions()
     schema_version: int = 1
 
     @property
     def air(self) -> tuple[float, ...]:
         """What lies outside an image, as network input, in the order of the modalities."""
+        if self.conventions.padding == "zero":
+            return (0.0,) * len(self.modalities)
         return tuple(normalised_air(self.intensity[name], name) for name in self.modalities)
 
 

@@ -11,11 +11,12 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from unicon_pipeline.dataset import Case, prediction_cases
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
@@ -23,13 +24,13 @@ from unicon_pipeline.errors import CheckpointError, PredictionError, UniconError
 from unicon_pipeline.export import export_case
 from unicon_pipeline.geometry import Volume, write_image, write_labels
 from unicon_pipeline.intensity import read_in_units
-from unicon_pipeline.model import TaskModel
-from unicon_pipeline.model_folder import ModelFolder
+from unicon_pipeline.model_folder import ModelFolder, TaskPlan
 from unicon_pipeline.plan import DataPlan
-from unicon_pipeline.preprocess import prepare_case
+from unicon_pipeline.preprocess import PreparedCase, prepare_case
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import write_record
-from unicon_pipeline.sliding_window import sliding_window_logits
+from unicon_pipeline.sliding_window import sliding_window_logits, whole_logits
+from unicon_pipeline.tables import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,16 @@ class TaskRun:
     modalities: tuple[str, ...]
     seconds: float
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task on one case: `labels` and `probabilities` on the case's grid, or `scores` per output of a whole case."""
+
+    run: TaskRun
+    labels: Volume | None = None
+    probabilities: dict[str, Volume] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,9 +120,9 @@ def predict_folder(
     folder = ModelFolder(model)
     predictor = Predictor(folder, tasks, device, precision, tta)
     cases = prediction_cases(Path(source), predictor.channel_names())
-    runs = []
+    runs, writer = [], _Writer(Path(out), predictor, save_probabilities)
     for case in progress_bar(cases, "predict", lambda case: case.case_id, len(cases)):
-        runs.append(_run_case(predictor, case, Path(out), save_probabilities))
+        runs.append(_run_case(predictor, case, writer))
         if runs[-1].failure:
             logger.error("%s failed: %s", case.case_id, runs[-1].failure)
     report = RunReport(
@@ -138,11 +149,10 @@ class Predictor:
             raise CheckpointError(f"{folder.path} has no task yet. Add one with unicon_extend.")
         self.device = choose_device(device)
         self.precision, self.tta = choose_precision(precision, self.device), tta
-        self.plans: dict[str, DataPlan] = {task: folder.task_plan(task).data for task in self.tasks}
+        self._task_plans: dict[str, TaskPlan] = {task: folder.task_plan(task) for task in self.tasks}
+        self.plans: dict[str, DataPlan] = {task: plan.data for task, plan in self._task_plans.items()}
         foundation = folder.foundation()
-        self._models: dict[str, TaskModel] = {
-            task: folder.task_model(task, foundation).merged().to(self.device) for task in self.tasks
-        }
+        self._models = {task: folder.task_model(task, foundation).merged().to(self.device) for task in self.tasks}
 
     def channel_names(self) -> dict[int, str]:
         """Channel number -> modality, as the tasks agree on it.
@@ -164,14 +174,13 @@ class Predictor:
     def unusable(self, task: str, modalities: Sequence[str]) -> str | None:
         """Why a task cannot use an input with these modalities; None if it can."""
         wanted = self.plans[task].modalities
-        if any(name in wanted for name in modalities):
+        native = self._task_plans[task].native is not None  # it never learned to do without one
+        if (all if native else any)(name in modalities for name in wanted):
             return None
-        return f"needs {' or '.join(wanted)}, the case has {', '.join(modalities)}"
+        return f"needs {(' and ' if native else ' or ').join(wanted)}, the case has {', '.join(modalities)}"
 
-    def predict(
-        self, task: str, images: dict[str, Volume], with_probabilities: bool = False
-    ) -> tuple[Volume, dict[str, Volume], TaskRun]:
-        """One task on one case: labels and probabilities on the case's grid, and the record of the run.
+    def predict(self, task: str, images: dict[str, Volume], with_probabilities: bool = False) -> TaskResult:
+        """One task on one case.
 
         Args:
             images: modality -> volume in HU or SUV, all on one grid.
@@ -179,8 +188,26 @@ class Predictor:
         started = time.monotonic()
         plan = self.plans[task]
         prepared = prepare_case({name: image for name, image in images.items() if name in plan.modalities}, plan)
+        logits = self._logits(task, prepared)
+        if not bool(torch.isfinite(logits).all()):
+            raise PredictionError(f"{task} gave values that are not numbers; try --precision fp32.")
+
+        def run(*warnings: str) -> TaskRun:
+            return TaskRun(task, prepared.present, round(time.monotonic() - started, 3), warnings)
+
+        if plan.labels is None:
+            outputs = self._task_plans[task].native.outputs
+            return TaskResult(run(), scores=dict(zip(outputs, logits.sigmoid().tolist(), strict=True)))
+        labels, probabilities = export_case(logits.numpy(), plan.labels, prepared.geometry, with_probabilities)
+        done = run() if labels.array_zyx.any() else run(_NOTHING_FOUND)
+        return TaskResult(done, labels, probabilities)
+
+    def _logits(self, task: str, prepared: PreparedCase) -> Tensor:
+        plan = self.plans[task]
         present = tuple(name in prepared.present for name in plan.modalities)
-        logits = sliding_window_logits(
+        if plan.view == "volume":
+            return whole_logits(self._models[task], prepared.array_czyx, present, self.device, self.precision)
+        return sliding_window_logits(
             self._models[task],
             prepared.array_czyx,
             present,
@@ -188,21 +215,44 @@ class Predictor:
             plan.patch_shape_zyx,
             self.device,
             self.precision,
-            self.tta,
+            plan.conventions.mirror_axes if self.tta else (),
         )
-        if not bool(torch.isfinite(logits).all()):
-            raise PredictionError(f"{task} gave values that are not numbers; try --precision fp32.")
-        labels, probabilities = export_case(logits.numpy(), plan.labels, prepared.geometry, with_probabilities)
-        warnings = () if labels.array_zyx.any() else (_NOTHING_FOUND,)
-        run = TaskRun(task, prepared.present, round(time.monotonic() - started, 3), warnings)
-        return labels, probabilities, run
 
 
-def _run_case(predictor: Predictor, case: Case, out: Path, save_probabilities: bool) -> CaseRun:
+class _Writer:
+    """`OUT/<Task>/`: label maps and probability maps per case, or one `predictions.csv` that grows case by case."""
+
+    def __init__(self, out: Path, predictor: Predictor, save_probabilities: bool):
+        self.out, self.plans, self.save_probabilities = out, predictor.plans, save_probabilities
+        self._rows: dict[str, dict[str, list[float]]] = {}
+        for task, plan in self.plans.items():
+            if plan.labels is None:
+                self._table(task).unlink(missing_ok=True)
+
+    def clear(self, case_id: str) -> None:
+        """Removes what an earlier run left for a case."""
+        for task, plan in self.plans.items():
+            if plan.labels is not None:
+                for path in _outputs(self.out / task, case_id, plan):
+                    path.unlink(missing_ok=True)
+
+    def write(self, task: str, case_id: str, result: TaskResult) -> None:
+        if result.labels is None:
+            rows = self._rows.setdefault(task, {})
+            rows[case_id] = [round(score, 6) for score in result.scores.values()]
+            write_table(self._table(task), tuple(result.scores), rows)
+            return
+        for name, volume in result.probabilities.items():
+            write_image(_probability_path(self.out / task, case_id, name), volume.array_zyx, volume.grid)
+        write_labels(self.out / task / f"{case_id}.nii.gz", result.labels.array_zyx, result.labels.grid)
+
+    def _table(self, task: str) -> Path:
+        return self.out / task / "predictions.csv"
+
+
+def _run_case(predictor: Predictor, case: Case, writer: _Writer) -> CaseRun:
     run = CaseRun(case.case_id, tuple(case.images), (), {}, None)
-    for task in predictor.tasks:
-        for path in _outputs(out / task, case.case_id, predictor.plans[task]):
-            path.unlink(missing_ok=True)
+    writer.clear(case.case_id)
     try:
         images = read_in_units(case)
         for task in predictor.tasks:
@@ -210,13 +260,11 @@ def _run_case(predictor: Predictor, case: Case, out: Path, save_probabilities: b
                 run = dataclasses.replace(run, skipped={**run.skipped, task: reason})
                 logger.info("%s: %s is skipped: it %s", case.case_id, task, reason)
                 continue
-            labels, probabilities, done = predictor.predict(task, images, save_probabilities)
-            for name, volume in probabilities.items():
-                write_image(_probability_path(out / task, case.case_id, name), volume.array_zyx, volume.grid)
-            write_labels(out / task / f"{case.case_id}.nii.gz", labels.array_zyx, labels.grid)
-            for warning in done.warnings:
+            result = predictor.predict(task, images, writer.save_probabilities)
+            writer.write(task, case.case_id, result)
+            for warning in result.run.warnings:
                 logger.warning("%s, %s: %s", case.case_id, task, warning)
-            run = dataclasses.replace(run, done=(*run.done, done))
+            run = dataclasses.replace(run, done=(*run.done, result.run))
     except (UniconError, OSError, RuntimeError, MemoryError) as problem:
         logger.debug("%s", case.case_id, exc_info=True)
         return dataclasses.replace(run, failure=str(problem) or type(problem).__name__)

@@ -20,7 +20,7 @@ from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task, is_current
 from unicon_pipeline.geometry import Grid, Volume, orient
-from unicon_pipeline.intensity import body_box, normalise, read_in_units
+from unicon_pipeline.intensity import body_box, box_of, nonzero_region, normalise, read_in_units
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_record
@@ -50,13 +50,14 @@ _EMPTY_PROCESS_MEGABYTES = 300.0
 
 @dataclass(frozen=True)
 class CaseGeometry:
-    """The way back from network input to the image: the crop (voxels of the oriented grid) and its resized shape."""
+    """The way back from network input to the image: the crop (voxels of the oriented grid), and the network's grid."""
 
     original: Grid
     oriented: Grid
     crop_start_zyx: ZYX
     crop_stop_zyx: ZYX
     resized_shape_zyx: ZYX
+    network_spacing_zyx_mm: SpacingZYX
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,15 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
     turned = {name: _oriented(images[name], plan.orientation) for name in present}
     turned_labels = None if labels is None else _oriented(labels, plan.orientation)
     oriented = turned[present[0]].grid
-    box = _crop_box(turned, turned_labels)
+    nonzero = nonzero_region(turned) if _needs_nonzero(plan) else None
+    box = _with_labels(_crop_box(turned, nonzero, plan.conventions.crop), turned_labels)
     cropped: ZYX = tuple(side.stop - side.start for side in box)
     shape = resized_shape(cropped, oriented.spacing_zyx_mm, plan.spacing_zyx_mm)
     array_czyx = np.zeros((len(plan.modalities), *shape), np.float32)
     orders = axis_orders(oriented.spacing_zyx_mm, plan.spacing_zyx_mm, IMAGE_ORDER)
     for name in present:
-        network_values = normalise(turned[name].array_zyx[box], plan.intensity[name])
+        inside = None if nonzero is None else nonzero[box]
+        network_values = normalise(turned[name].array_zyx[box], plan.intensity[name], inside)
         array_czyx[plan.modalities.index(name)] = resize(network_values[None], shape, orders)[0]
     labels_zyx = None
     if turned_labels is not None:
@@ -104,6 +107,7 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
         crop_start_zyx=tuple(side.start for side in box),
         crop_stop_zyx=tuple(side.stop for side in box),
         resized_shape_zyx=shape,
+        network_spacing_zyx_mm=plan.spacing_zyx_mm,
     )
     prepared = PreparedCase(array_czyx, present, labels_zyx, geometry)
     return _whole_view(prepared, plan) if plan.view == "volume" else prepared
@@ -202,8 +206,21 @@ def _oriented(volume: Volume, orientation: str | None) -> Volume:
     return volume if orientation is None else orient(volume, orientation)
 
 
-def _crop_box(images: dict[str, Volume], labels: Volume | None) -> tuple[slice, ...]:
-    box = body_box(images)
+def _needs_nonzero(plan: DataPlan) -> bool:
+    standardised = any(rule.scheme == "zscore_nonzero" for rule in plan.intensity.values())
+    return standardised or plan.conventions.crop == "nonzero"
+
+
+def _crop_box(images: dict[str, Volume], nonzero_zyx: np.ndarray | None, crop: str) -> tuple[slice, ...]:
+    if crop == "nonzero":
+        return box_of(nonzero_zyx)
+    if crop == "none":
+        return tuple(slice(0, size) for size in next(iter(images.values())).array_zyx.shape)
+    return body_box(images)
+
+
+def _with_labels(box: tuple[slice, ...], labels: Volume | None) -> tuple[slice, ...]:
+    """The box, widened to hold all labels."""
     if labels is None or not labels.array_zyx.any():
         return box
     widened = []

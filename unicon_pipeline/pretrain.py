@@ -19,8 +19,11 @@ from unicon_pipeline.dataset import Task, read_task
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.extension_plan import Schedule, schedule_for
-from unicon_pipeline.foundation import Foundation, build_foundation, new_residual_encoder_spec
-from unicon_pipeline.heads import Features, PooledLinearHead, skip_levels
+from unicon_pipeline.families import build_foundation
+from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
+from unicon_pipeline.foundation import Foundation
+from unicon_pipeline.heads import Features, PooledLinearHead
+from unicon_pipeline.levels import skip_levels
 from unicon_pipeline.loader import VolumeLoader, usual_workers
 from unicon_pipeline.losses import MultiLabelLoss
 from unicon_pipeline.metrics import area_under_curve, bootstrap_statistic

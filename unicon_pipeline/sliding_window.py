@@ -19,7 +19,6 @@ from torch import Tensor
 
 from unicon_pipeline.contract import ZYX
 from unicon_pipeline.device import autocast
-from unicon_pipeline.model import TaskModel
 
 STEP = 0.5
 
@@ -45,14 +44,14 @@ def gaussian_weights(tile_zyx: ZYX) -> Tensor:
 
 @torch.inference_mode()
 def sliding_window_logits(
-    model: TaskModel,
+    model: Callable[..., list[Tensor]],
     array_czyx: np.ndarray,
     present: tuple[bool, ...],
     air: tuple[float, ...],
     tile_zyx: ZYX,
     device: torch.device,
     precision: torch.dtype,
-    tta: bool = False,
+    mirror_axes: tuple[int, ...] = (),
 ) -> Tensor:
     """Logits (output channels, Z, Y, X), float32 on the CPU, of a normalised case.
 
@@ -61,7 +60,7 @@ def sliding_window_logits(
         array_czyx: channels in the task's order, absent ones zero.
         present: which channels the case has.
         air: each channel's value outside the image, for volumes smaller than a tile (as in training).
-        tta: average over the 8 mirrorings: 8 times the work.
+        mirror_axes: of z, y, x (0, 1, 2); the average over all mirrorings along them, 2 to the power of their number.
     """
     images, inner = _padded(torch.from_numpy(array_czyx), air, tile_zyx)
     present_bc = torch.tensor([present], device=device)
@@ -70,13 +69,27 @@ def sliding_window_logits(
     for tile in _tiles(images.shape[1:], tile_zyx):
         batch = images[(slice(None), *tile)][None].to(device)
         with autocast(device, precision):
-            output = _mirrored(model, batch, present_bc, tta)
+            output = _mirrored(model, batch, present_bc, mirror_axes)
         if logits is None:
             logits = torch.zeros((output.shape[1], *images.shape[1:]), device=device)
         logits[(slice(None), *tile)] += output[0].float() * weights
         total[tile] += weights
     logits /= total
     return logits[(slice(None), *inner)].cpu()
+
+
+@torch.inference_mode()
+def whole_logits(
+    model: Callable[..., list[Tensor]],
+    array_czyx: np.ndarray,
+    present: tuple[bool, ...],
+    device: torch.device,
+    precision: torch.dtype,
+) -> Tensor:
+    """Logits (output channels,), float32 on the CPU, of a case that is one input; arguments as above."""
+    images = torch.from_numpy(array_czyx)[None].to(device)
+    with autocast(device, precision):
+        return model(images, torch.tensor([present], device=device))[0][0].float().cpu()
 
 
 def tile_count(shape_zyx: ZYX, tile_zyx: ZYX) -> int:
@@ -99,12 +112,15 @@ def _tiles(shape_zyx: ZYX, tile_zyx: ZYX) -> Iterator[tuple[slice, ...]]:
         yield tuple(slice(start, start + size) for start, size in zip(corner, tile_zyx, strict=True))
 
 
-def _mirrored(model: Callable[..., list[Tensor]], batch: Tensor, present_bc: Tensor, tta: bool) -> Tensor:
+def _mirrored(
+    model: Callable[..., list[Tensor]], batch: Tensor, present_bc: Tensor, mirror_axes: tuple[int, ...]
+) -> Tensor:
     output = model(batch, present_bc)[0]
-    if not tta:
+    if not mirror_axes:
         return output
     output = output.float()
-    flips = [axes for n in (1, 2, 3) for axes in itertools.combinations((2, 3, 4), n)]
+    spatial = [2 + axis for axis in mirror_axes]
+    flips = [axes for n in range(1, len(spatial) + 1) for axes in itertools.combinations(spatial, n)]
     for axes in flips:
         output += model(batch.flip(axes), present_bc)[0].float().flip(axes)
     return output / (len(flips) + 1)

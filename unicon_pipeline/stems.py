@@ -2,7 +2,7 @@
 
 A stem is a small encoder of its own. Its map at the foundation's projection level is added there, behind
 a gate that starts at zero, so that on the day a stem arrives nothing changes for the inputs known before.
-All its maps are also offered to heads as parallel skips (PEMMA, arXiv 2404.13704): a frozen CT encoder
+All its other maps are also offered to heads as parallel skips (PEMMA, arXiv 2404.13704): a frozen CT encoder
 alone would hide the new modality from a decoder.
 """
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unicon_pipeline.contract import ZYX, FeatureLevel
-from unicon_pipeline.foundation import residual_encoder
+from unicon_pipeline.families.dna_encoders import residual_encoder
+from unicon_pipeline.levels import residual_levels
 from unicon_pipeline.registry import Registry
 
 STEMS: Registry[type[nn.Module]] = Registry("stem")
@@ -27,20 +28,53 @@ class ResidualStem(nn.Module):
 
     def __init__(self, projection: FeatureLevel, strides_zyx: tuple[ZYX, ...], features: tuple[int, ...]):
         super().__init__()
-        steps = [strides_zyx[0]]
-        for finer, coarser in zip(strides_zyx, strides_zyx[1:], strict=False):
-            steps.append(tuple(c // f for c, f in zip(coarser, finer, strict=True)))
-        convolutions = (3, *(2,) * (len(features) - 1))  # the first level also takes the input in
-        self.levels = tuple(
-            FeatureLevel(s, c, n * c) for s, c, n in zip(strides_zyx, features, convolutions, strict=True)
-        )
+        self.levels = residual_levels(strides_zyx, features)
         self._projection_level = strides_zyx.index(projection.stride_zyx)
-        self.encoder = residual_encoder(1, features, steps, [1] * len(features))
+        self.encoder = residual_path(1, self.levels)
         self.to_projection = nn.Conv3d(features[self._projection_level], projection.channels, 1)
         self.gate = nn.Parameter(torch.zeros(projection.channels))
 
     def forward(self, modality_b1zyx: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One modality -> (gated map at the foundation's projection level, maps for the heads)."""
         skips = self.encoder(modality_b1zyx)
-        projected = self.to_projection(skips[self._projection_level])
-        return projected * self.gate.view(1, -1, 1, 1, 1).to(projected.dtype), skips
+        return _gated(self.to_projection(skips[self._projection_level]), self.gate), skips
+
+
+@STEMS.register("patch_embedding")
+class PatchEmbeddingStem(nn.Module):
+    """For a backbone of tokens: a patch embedding like its own, and residual blocks at the finer `strides_zyx`.
+
+    `levels` declares the maps it offers to heads, finest first; the first stride is (1, 1, 1).
+    """
+
+    def __init__(self, projection: FeatureLevel, strides_zyx: tuple[ZYX, ...], features: tuple[int, ...]):
+        super().__init__()
+        self.levels = residual_levels(strides_zyx, features)
+        self.encoder = residual_path(1, self.levels)
+        self.to_projection = nn.Conv3d(1, projection.channels, projection.stride_zyx, projection.stride_zyx)
+        self.norm = nn.LayerNorm(projection.channels)
+        self.gate = nn.Parameter(torch.zeros(projection.channels))
+
+    def forward(self, modality_b1zyx: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One modality -> (gated tokens as a map at the foundation's projection level, maps for the heads)."""
+        tokens = self.norm(self.to_projection(modality_b1zyx).movedim(1, -1))  # (B, z, y, x, C)
+        return _gated(tokens.movedim(-1, 1), self.gate), self.encoder(modality_b1zyx)
+
+
+def residual_path(input_channels: int, levels: tuple[FeatureLevel, ...]) -> nn.Module:
+    """A small trainable encoder, full resolution first: one residual block a level, the map of each comes out."""
+    strides = [level.stride_zyx for level in levels]
+    steps = [
+        tuple(c // f for c, f in zip(coarser, finer, strict=True))
+        for finer, coarser in zip(((1, 1, 1), *strides), strides)
+    ]
+    return residual_encoder(input_channels, [level.channels for level in levels], steps, [1] * len(levels))
+
+
+def masked(tensor: Tensor, present_b: Tensor | None) -> Tensor:
+    """Zeros for the cases of the batch that are not `present_b`; None: all are."""
+    return tensor if present_b is None else tensor * present_b.view(-1, 1, 1, 1, 1).to(tensor.dtype)
+
+
+def _gated(projected: Tensor, gate: Tensor) -> Tensor:
+    return projected * gate.view(1, -1, 1, 1, 1).to(projected.dtype)

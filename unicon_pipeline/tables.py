@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from unicon_pipeline.errors import DatasetError
+from unicon_pipeline.records import atomic_path
 
 KEY_COLUMN = "case_id"
 _MOST_BYTES = 64 << 20
@@ -65,6 +67,14 @@ def read_table(path: Path) -> Table:
         if name and name != KEY_COLUMN
     }
     return Table(tuple(ids), columns)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Mapping[str, Sequence[float | str]]) -> None:
+    """Writes a CSV table of `case_id` and `columns`, one row per case; whole or not at all."""
+    with atomic_path(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("case_id", *columns))
+        writer.writerows((case_id, *row) for case_id, row in rows.items())
 
 
 def outcome_faults(table: Table) -> list[str]:

@@ -14,6 +14,7 @@ from unicon_pipeline.device import machine_facts
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.model import TaskModel
 from unicon_pipeline.model_folder import CHAIN_FILE, ModelFolder, file_problem
+from unicon_pipeline.native import NativeModel
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import canonical_json, read_json
 
@@ -60,11 +61,13 @@ def verify(path: Path) -> VerifyReport:
 
 
 @torch.no_grad()
-def probe(model: TaskModel, plan: DataPlan) -> dict[str, Any]:
+def probe(model: TaskModel | NativeModel, plan: DataPlan) -> dict[str, Any]:
     """A fixed input's output: its digest, samples of it, and the machine that computed it."""
     model = model.merged()
-    divisors = model.foundation.spec.input.divisible_by_zyx
-    shape = tuple(min(size, 2 * divisor) for size, divisor in zip(plan.patch_shape_zyx, divisors, strict=True))
+    shape = plan.patch_shape_zyx
+    if plan.view == "patch":  # a small one is enough
+        divisors = model.foundation.spec.input.divisible_by_zyx
+        shape = tuple(min(size, 2 * divisor) for size, divisor in zip(shape, divisors, strict=True))
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     images = torch.randn((1, len(plan.modalities), *shape), generator=generator)
     output = model(images, torch.ones((1, len(plan.modalities)), dtype=torch.bool))

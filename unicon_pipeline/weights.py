@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -36,12 +37,56 @@ def load_exactly(wanted: dict[str, Tensor], found: dict[str, Tensor], source: st
         "unknown": sorted(set(found) - common),
         "of another shape": sorted(key for key in common if wanted[key].shape != found[key].shape),
     }
-    if any(problems.values()):
-        report = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in problems.items() if keys)
-        raise CheckpointError(f"{source} does not fit the declared architecture: {report}.")
+    _raise_if_any(problems, source)
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(found[key])
+
+
+def take_state(module: nn.Module, found: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The module's whole state out of a foreign state dict, and a report of what was there.
+
+    A tensor may stand under any of its names in `module`, or under several if all of them agree.
+
+    Args:
+        found: keys relative to `module`; everything in it must belong there.
+
+    Returns:
+        The tensors, in the number types of `found`, under the names of `canonical_state`; and
+        {"tensors": matched keys, "parameters": numbers in them, "number_types": names of their types}.
+
+    Raises:
+        CheckpointError: a key is missing, unknown, of another shape, not finite, or contradicts its other name.
+    """
+    first_name: dict[int, str] = {}
+    state, present = {}, set()
+    faults = {"missing": [], "of another shape": [], "not finite": [], "contradicting another name": []}
+    names = module.state_dict(keep_vars=True)
+    for name, tensor in names.items():
+        canonical = first_name.setdefault(id(tensor), name)
+        if name not in found:
+            continue
+        present.add(canonical)
+        if found[name].shape != tensor.shape:
+            faults["of another shape"].append(name)
+        elif not bool(found[name].isfinite().all()):
+            faults["not finite"].append(name)
+        elif not torch.equal(state.setdefault(canonical, found[name]), found[name]):
+            faults["contradicting another name"].append(name)
+    faults["missing"] = sorted(set(first_name.values()) - present)
+    _raise_if_any({**faults, "unknown": sorted(set(found) - set(names))}, source)
+    report = {
+        "tensors": len(set(found) & set(names)),
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "number_types": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
+    }
+    return state, report
+
+
+def _raise_if_any(faults: dict[str, list[str]], source: str) -> None:
+    if any(faults.values()):
+        report = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in faults.items() if keys)
+        raise CheckpointError(f"{source} does not fit the declared architecture: {report}.")
 
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -1,0 +1,48 @@
+"""What an importer takes and gives: options of the user in, a foundation and the tasks it came with out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unicon_pipeline.contract import FoundationSpec
+from unicon_pipeline.model_folder import TaskPlan
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a checkpoint does not say about itself.
+
+    `orientation`: how images were turned before the network saw them. `modalities`: what its input channels are.
+    `fold`: whose encoder becomes the foundation.
+    `text_encoder`: a folder with the tokenizer of the checkpoint's text encoder; `findings`: ready text latents.
+    """
+
+    orientation: str | None = None
+    modalities: tuple[str, ...] | None = None
+    licence: str | None = None
+    origin: str | None = None
+    fold: int | None = None
+    text_encoder: Path | None = None
+    findings: Path | None = None
+
+
+@dataclass(frozen=True)
+class NativeTask:
+    """A task that a checkpoint was trained for: it comes along with its own network."""
+
+    plan: TaskPlan
+    weights: dict[str, Tensor]
+    card: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A converted checkpoint. `weights`: of the foundation, in the file's number types."""
+
+    spec: FoundationSpec
+    weights: dict[str, Tensor]
+    tasks: tuple[NativeTask, ...] = ()
