@@ -470,6 +470,16 @@ class TestRefused:
     def test_several_channels(self, tmp_path, weights):
         self.refused(tmp_path, weights, {**cnn_plan(), "pretrain_num_input_channels": 2}, "pretrained with 2 channels")
 
+    def test_channels_named_by_an_option(self, tmp_path):
+        torch.manual_seed(3)
+        network = ResidualEncoderUNet(input_channels=2, num_classes=1, **{**DYNAMIC, **CLASSES})
+        plan = cnn_plan(normalization_schemes=["ZScoreNormalization"] * 2) | {"pretrain_num_input_channels": 2}
+        checkpoint = saved(tmp_path, network.state_dict(), plan)
+        with pytest.raises(CheckpointError, match="--modalities"):
+            convert(checkpoint, ImportOptions(modalities=("CT",)))
+        spec = convert(checkpoint, ImportOptions(modalities=("CT", "PET"))).spec
+        assert spec.input.modalities == ("CT", "PET") and set(spec.input.intensity) == {"CT", "PET"}
+
     def test_unknown_normalisation(self, tmp_path, weights):
         plan = cnn_plan(normalization_schemes=["RGBTo01"])
         self.refused(tmp_path, weights, plan, "known are NoNormalization, RescaleTo01, ZScoreNormalization")

@@ -12,6 +12,8 @@ import torch
 
 from unicon_pipeline.dataset import prediction_cases
 from unicon_pipeline.errors import CheckpointError
+from unicon_pipeline.extend import extend
+from unicon_pipeline.extension_plan import Schedule
 from unicon_pipeline.families.nnunet import find_model_folder
 from unicon_pipeline.families.nnunet_plans import read_configuration
 from unicon_pipeline.geometry import Grid, Volume, orient, read_labels
@@ -21,7 +23,7 @@ from unicon_pipeline.info import describe, format_description
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.predict import Predictor, predict_folder
-from unicon_pipeline.preprocess import prepare_case
+from unicon_pipeline.preprocess import plan_and_preprocess, prepare_case
 from unicon_pipeline.verify import verify
 
 pytest.importorskip("nnunetv2")
@@ -214,3 +216,21 @@ def test_channels_may_be_named(trained, tmp_path):
     assert named.spec().input.modalities == ("CT", "FET")
     with pytest.raises(CheckpointError, match="has 2 channels .*--modalities gave 1"):
         import_checkpoint(trained["Dataset902_Residual"], tmp_path / "n", options=ImportOptions(modalities=("CT",)))
+
+
+def test_an_imported_model_grows_and_its_own_task_stays_bit_identical(oracle, models, tmp_path):
+    model = shutil.copytree(models["Dataset901_Plain"], tmp_path / "model")
+    images = oracle / "images" / "Dataset901_Plain"
+    how = {"tasks": ["Dataset901_Plain"], "device": "cpu", "save_probabilities": True}
+    predict_folder(images, tmp_path / "before", model, **how)
+    task = shutil.copytree(oracle / "raw" / "Dataset901_Plain", tmp_path / "raw" / "Again")
+    spec = ModelFolder(model).spec()
+    plan, failed = plan_and_preprocess(task, tmp_path, spec, processes=1, patch_shape_zyx=(16, 16, 16))
+    assert not failed
+    assert plan.spacing_zyx_mm == spec.input.spacing_zyx_mm and plan.intensity == spec.input.intensity
+    extend(task, tmp_path, model, schedule=Schedule(steps=2, minutes=None), device="cpu")
+    assert ModelFolder(model).tasks == ("Dataset901_Plain", "Again") and verify(model).ok
+    predict_folder(images, tmp_path / "after", model, **how)
+    files = sorted(path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*.nii.gz"))
+    assert len(files) == 4
+    assert all((tmp_path / "before" / f).read_bytes() == (tmp_path / "after" / f).read_bytes() for f in files)

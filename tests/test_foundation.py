@@ -148,7 +148,8 @@ def test_a_model_on_it_grows_by_pet_predicts_and_stays_what_it_was(name, tmp_pat
     task = tmp_path / "raw" / "Both"
     size = {"shape_zyx": (24, 40, 40), "spacing_zyx_mm": (12.0, 10.0, 10.0)}
     write_phantom_task(task, "lesions", 3, 5, modalities=("CT", "PET"), **size)
-    _, failed = plan_and_preprocess(task, tmp_path, spec, processes=1)
+    patch = input_shape(spec, 1, 1, 2)
+    _, failed = plan_and_preprocess(task, tmp_path, spec, processes=1, patch_shape_zyx=patch)
     assert not failed
     result = extend(task, tmp_path, tmp_path / "model", schedule=Schedule(steps=1, minutes=None), device="cpu")
     assert result.entry.stems == (() if "PET" in spec.input.modalities else ("PET",))

@@ -26,6 +26,7 @@ from unicon_pipeline.command_line import (
     task_option,
     work_option,
 )
+from unicon_pipeline.contract import NOT_STATED
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.option_types import (
     existing_folder,
@@ -104,7 +105,7 @@ def main_pretrain(argv: Sequence[str] | None = None) -> int:
     shared = (task_option, work_option, model_option, budget_options, device_option, seed_option)
     parser = new_parser("unicon_pretrain", text, *shared)
     parser.add_argument(
-        "--licence", default="not stated", metavar="TEXT", help="the licence to record with the weights"
+        "--licence", default=NOT_STATED, metavar="TEXT", help="the licence to record with the weights"
     )
     return run(parser, _pretrain, argv)
 

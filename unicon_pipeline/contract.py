@@ -15,6 +15,8 @@ from unicon_pipeline.errors import PlanError
 ZYX = tuple[int, int, int]
 SpacingZYX = tuple[float, float, float]
 
+NOT_STATED = "not stated"  # the licence of weights that say nothing about it
+
 
 @dataclass(frozen=True)
 class IntensityRule:

@@ -10,7 +10,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from unicon_pipeline.checkpoint import read_checkpoint
+from unicon_pipeline.checkpoint import Checkpoint, read_checkpoint
+from unicon_pipeline.contract import NOT_STATED
 from unicon_pipeline.dataset import is_safe_name
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.families import build_foundation, build_native, family_module
@@ -33,6 +34,15 @@ FAMILIES = {
 }
 NNUNET, OWN = "nnunet", "unicon"
 FAMILY_NAMES = (NNUNET, *FAMILIES, OWN)
+
+# What of ImportOptions a family can use, beside licence and origin.
+_USES = {
+    NNUNET: {"orientation", "modalities", "fold"},
+    "nnssl": {"orientation", "modalities"},
+    "ctclip": {"orientation", "text_encoder", "findings"},
+    "inflated-resnet": {"orientation"},
+    "monai": {"orientation"},
+}
 
 
 def import_checkpoint(
@@ -58,6 +68,8 @@ def import_checkpoint(
     if (source / CHAIN_FILE).is_file() and family in (None, OWN):
         return _copied(source, model)
     imported = _convert(source, family, options)
+    if imported.spec.licence == NOT_STATED:
+        logger.warning("%s does not state its licence. Find it out, and give it with --licence.", source)
     foundation = _loaded_foundation(imported)
     cards = [_card(task, foundation) for task in imported.tasks]
     folder = create_model(model, imported.spec, imported.weights)
@@ -67,30 +79,41 @@ def import_checkpoint(
 
 
 def _convert(source: Path, family: str | None, options: ImportOptions) -> Imported:
-    trained = find_model_folder(source)
-    if family == NNUNET or (family is None and trained is not None):
-        if trained is None:
-            raise CheckpointError(f"{source} is no trained nnU-Net model: it has no plans.json beside its folds.")
-        return convert_folder(trained, options)
-    checkpoint = read_checkpoint(source)
-    if family is None:
-        modules = {name: family_module(module) for name, module in FAMILIES.items()}
-        family = next((name for name, module in modules.items() if module.recognises(checkpoint)), None)
-        if family is None:
-            keys = ", ".join(list(checkpoint.payload)[:5])
-            raise CheckpointError(
-                f"{source} is of no family that is known here ({', '.join(FAMILY_NAMES)}); it begins with {keys}. "
-                "If it is of one of them all the same, name it with -f."
-            )
-        logger.info("%s is of the family %s.", source, family)
-    if family not in FAMILIES:
+    trained = find_model_folder(source) if family in (None, NNUNET) else None
+    if family == NNUNET and trained is None:
+        raise CheckpointError(f"{source} is no trained nnU-Net model: it has no plans.json beside its folds.")
+    checkpoint = None if trained is not None else read_checkpoint(source)
+    family = NNUNET if trained is not None else family or _family_of(checkpoint)
+    logger.info("%s is of the family %s.", source, family)
+    if family not in (NNUNET, *FAMILIES):
         raise CheckpointError(f"{source} is no folder of the family {family}; known are {', '.join(FAMILY_NAMES)}.")
+    given = {name for name, value in vars(options).items() if value is not None} - {"licence", "origin"}
+    if useless := sorted(given - _USES[family]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise CheckpointError(f"{names}: a checkpoint of the family {family} has no use for it. Leave it out.")
     try:
+        if trained is not None:
+            return convert_folder(trained, options)
         return family_module(FAMILIES[family]).convert(checkpoint, options)
     except CheckpointError as problem:
         if str(source) in str(problem):
             raise
         raise CheckpointError(f"{source}: {problem}") from problem
+    except (LookupError, TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as problem:
+        what = f"{type(problem).__name__} {problem}"
+        raise CheckpointError(f"{source} is not as the family {family} writes it: {what}.") from problem
+
+
+def _family_of(checkpoint: Checkpoint) -> str:
+    """The first family that knows the checkpoint."""
+    for family, module in FAMILIES.items():
+        if family_module(module).recognises(checkpoint):
+            return family
+    keys = ", ".join(list(checkpoint.payload)[:5])
+    raise CheckpointError(
+        f"{checkpoint.path} is of no family that is known here ({', '.join(FAMILY_NAMES)}); it begins with {keys}. "
+        "If it is of one of them all the same, name it with -f."
+    )
 
 
 def _loaded_foundation(imported: Imported) -> Foundation:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unicon_pipeline.contract import NOT_STATED
 from unicon_pipeline.dataset import Task, read_task
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
 from unicon_pipeline.errors import DatasetError
@@ -49,7 +50,7 @@ def pretrain(
     epochs: int | None = None,
     device: str = "auto",
     seed: int = 0,
-    licence: str = "not stated",
+    licence: str = NOT_STATED,
 ) -> Path:
     """Trains a foundation on a classification task and makes it a new model folder.
 

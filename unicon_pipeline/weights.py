@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ def take_state(module: nn.Module, found: dict[str, Tensor], source: str) -> tupl
         present.add(canonical)
         if found[name].shape != tensor.shape:
             faults["of another shape"].append(name)
-        elif not bool(found[name].isfinite().all()):
+        elif canonical in state:
+            if not torch.equal(state[canonical], found[name]):
+                faults["contradicting another name"].append(name)
+        elif not math.isfinite(found[name].sum(dtype=torch.float64)):
             faults["not finite"].append(name)
-        elif not torch.equal(state.setdefault(canonical, found[name]), found[name]):
-            faults["contradicting another name"].append(name)
+        else:
+            state[canonical] = found[name]
     faults["missing"] = sorted(set(first_name.values()) - present)
     _raise_if_any({**faults, "unknown": sorted(set(found) - set(names))}, source)
     report = {

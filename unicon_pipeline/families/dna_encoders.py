@@ -40,6 +40,7 @@ _NOT_OF_THE_ENCODER = {
     "n_stages", "conv_op", "n_conv_per_stage_decoder", "deep_supervision", "num_classes", "input_channels",
     "stochastic_depth_p",
 }  # fmt: skip
+_MOST_STAGES, _MOST_BLOCKS, _WIDEST, _LARGEST_STEP = 12, 64, 8192, 15
 
 
 @FOUNDATIONS.register("residual_encoder")
@@ -88,7 +89,7 @@ def residual_encoder(
         options: as in nnU-Net's `arch_kwargs`; by default 3x3x3 kernels with bias, instance norm, leaky ReLU.
     """
     return ResidualEncoder(
-        n_blocks_per_stage=list(blocks_per_stage),
+        n_blocks_per_stage=_counted(blocks_per_stage),
         **_common(input_channels, features_per_stage, strides, options),
     )
 
@@ -102,7 +103,7 @@ def plain_encoder(
 ) -> PlainConvEncoder:
     """3-D convolutional encoder that returns the map of every stage; see `residual_encoder`."""
     return PlainConvEncoder(
-        n_conv_per_stage=list(blocks_per_stage), **_common(input_channels, features_per_stage, strides, options)
+        n_conv_per_stage=_counted(blocks_per_stage), **_common(input_channels, features_per_stage, strides, options)
     )
 
 
@@ -171,6 +172,7 @@ def _common(
     input_channels: int, features: Sequence[int], strides: Sequence[Sequence[int]], options: dict[str, Any]
 ) -> dict[str, Any]:
     """The arguments that both encoders of the library take, with names of classes resolved from the closed lists."""
+    _check_sizes(features, strides, options.get("kernel_sizes", 3))
     options = dict(options)
     dropout = options.pop("dropout_op", None)
     norm = options.pop("norm_op", "InstanceNorm3d")
@@ -194,6 +196,23 @@ def _common(
     if "block" in options:
         options["block"] = _BLOCKS[options["block"]]
     return {**arguments, **options}
+
+
+def _counted(blocks: Sequence[int]) -> list[int]:
+    if not all(1 <= count <= _MOST_BLOCKS for count in blocks):
+        raise ValueError(f"blocks per stage of {list(blocks)}; from 1 to {_MOST_BLOCKS} are possible")
+    return list(blocks)
+
+
+def _check_sizes(features: Sequence[int], strides: Sequence[Sequence[int]], kernel_sizes: Any) -> None:
+    """A declaration from elsewhere must not make the network larger than any encoder is."""
+    kernels = [size for row in _triples(kernel_sizes, len(strides)) for size in row]
+    steps = [step for stride in strides for step in stride]
+    if not 1 <= len(features) == len(strides) <= _MOST_STAGES:
+        raise ValueError(f"{len(features)} features and {len(strides)} strides for 1 to {_MOST_STAGES} stages")
+    usual = all(1 <= width <= _WIDEST for width in features) and all(1 <= n <= _LARGEST_STEP for n in kernels + steps)
+    if not usual:
+        raise ValueError(f"features {list(features)}, strides {list(strides)} and kernels out of any usual range")
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unicon_pipeline.checkpoint import Checkpoint, tensors_under, without_wrappers
-from unicon_pipeline.contract import FoundationSpec, InputContract, IntensityRule, SpacingZYX
+from unicon_pipeline.contract import NOT_STATED, FoundationSpec, InputContract, IntensityRule, SpacingZYX
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.foundation import FOUNDATIONS, Foundation, declare
 from unicon_pipeline.imported import Imported, ImportOptions
@@ -189,7 +189,7 @@ _NVIDIA_PRETRAINED = {  # by what stands before the keys; both were fed alike
     "": "Swin UNETR, pretrained by NVIDIA on 5050 CTs (model_swinvit)",
     "encoder.": "Swin UNETR, pretrained by NVIDIA as a disruptive autoencoder on CT and MRI",
 }
-_NVIDIA_BTCV = _Release("Swin UNETR, trained by NVIDIA on BTCV", "not stated", _ABDOMEN_HU, (1.5, 1.5, 2.0))
+_NVIDIA_BTCV = _Release("Swin UNETR, trained by NVIDIA on BTCV", NOT_STATED, _ABDOMEN_HU, (1.5, 1.5, 2.0))
 _BTCV_CLASSES = 14
 
 
@@ -359,7 +359,7 @@ def _swin_release(checkpoint: Checkpoint, prefix: str, tensors: dict[str, Tensor
     if "net" in checkpoint.payload:
         return _SUPREM
     if prefix in _NVIDIA_PRETRAINED:
-        return _Release(_NVIDIA_PRETRAINED[prefix], "not stated", (-1000.0, 1000.0), None)
+        return _Release(_NVIDIA_PRETRAINED[prefix], NOT_STATED, (-1000.0, 1000.0), None)
     if len(tensors.get("out.conv.conv.weight", ())) == _BTCV_CLASSES:
         return _NVIDIA_BTCV
     raise _of_no_release(

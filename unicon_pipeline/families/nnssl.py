@@ -3,8 +3,8 @@
 A file holds the weights of the whole pretraining network and an adaptation plan, which says what the encoder is and
 where it lies among them. What the plan leaves out:
 
-- Modalities. All releases take one channel. nnFoundation's saw CT, MRI and PET alike and is used for CT here, OpenMind
-  is brain MRI, and what is neither is taken for CT.
+- Modalities. All releases take one channel; an option names others. nnFoundation's saw CT, MRI and PET alike and is
+  used for CT here, OpenMind is brain MRI, and what is neither is taken for CT.
 - How a Primus was built: whether its blocks have scales and inner norms is read off the weights.
 - The order of its tokens. nnssl's masked autoencoder counts them y, z, x, all else z, y, x. What was trained is kept.
 
@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from unicon_pipeline.checkpoint import Checkpoint, tensors_under, without_wrappers
-from unicon_pipeline.contract import ZYX, InputContract, IntensityRule, SpacingZYX
+from unicon_pipeline.contract import NOT_STATED, ZYX, InputContract, IntensityRule, SpacingZYX
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.families import build_foundation
 from unicon_pipeline.families.dna_encoders import dna_encoder_kwargs, total_stride
+from unicon_pipeline.families.nnunet_plans import turned
 from unicon_pipeline.families.primus import PrimusSize
 from unicon_pipeline.foundation import declare
 from unicon_pipeline.imported import Imported, ImportOptions
@@ -54,7 +55,6 @@ _PLACES = {
     "plain_encoder": ("encoder.stages.0", "encoder.stages"),
     "primus": ("down_projection", "eva"),
 }
-_REORIENTING_READERS = {"NibabelIOWithReorient": "RAS"}
 _RULES = {
     ("ZScoreNormalization", False): IntensityRule("zscore", "none"),
     ("ZScoreNormalization", True): IntensityRule("zscore_nonzero", "none"),
@@ -72,7 +72,7 @@ class _Release:
 
 _NNFOUNDATION = _Release("nnFoundation, arXiv 2609.26924", "CT", "CC-BY-SA-4.0")
 _OPENMIND = _Release("OpenMind, arXiv 2412.17041", "MRI", "CC-BY-4.0")
-_OTHER = _Release("nnssl", "CT", "not stated")
+_OTHER = _Release("nnssl", "CT", NOT_STATED)
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,17 @@ def convert(checkpoint: Checkpoint, options: ImportOptions) -> Imported:
 
     Raises:
         CheckpointError: the plan is missing or incomplete, names a network or a normalisation that is not known here,
-            or does not fit the weights; or several input channels are there, which no plan names.
+            or does not fit the weights; or several input channels are there, which no plan names, and no option does.
     """
     plan = _read_plan(checkpoint)
     path, trainer = checkpoint.path, str(checkpoint.payload.get("trainer_name") or "")
     release = _release(plan, f"{trainer} {checkpoint.payload.get('citations')}")
+    modalities = options.modalities or (release.modality,)
+    if len(modalities) != plan.pretrain_num_input_channels:
+        raise CheckpointError(
+            f"{path} was pretrained with {plan.pretrain_num_input_channels} channels, and its plan does not say which "
+            f"modalities they are; {len(modalities)} known: {', '.join(modalities)}. Name them all with --modalities."
+        )
     state = without_wrappers(tensors_under(checkpoint.payload, "network_weights"))
     architecture, arch_kwargs = _architecture(plan, state, path)
     patches = architecture == "primus"
@@ -152,12 +158,12 @@ def convert(checkpoint: Checkpoint, options: ImportOptions) -> Imported:
         architecture,
         arch_kwargs,
         InputContract(
-            modalities=(release.modality,),
-            orientation=_orientation(plan, options.orientation, path),
+            modalities=modalities,
+            orientation=turned(plan.transpose_forward, options.orientation, plan.image_reader_writer, path),
             spacing_zyx_mm=plan.spacing,
             fixed_shape_zyx=None,
             divisible_by_zyx=total_stride([arch_kwargs["patch_embed_size"]] if patches else arch_kwargs["strides"]),
-            intensity={release.modality: _intensity(plan, path)},
+            intensity={name: _intensity(plan, channel, path) for channel, name in enumerate(modalities)},
         ),
         "tokens" if patches else "pyramid",
         options.licence or release.licence,
@@ -186,11 +192,6 @@ def _read_plan(checkpoint: Checkpoint) -> _Plan:
             f"configuration ({problem!r}). nnssl's add_adaptation_plan writes a whole one."
         ) from problem
     read = _picked(_Plan, everything, f"{checkpoint.path}: nnssl_adaptation_plan")
-    if read.pretrain_num_input_channels != 1:
-        raise CheckpointError(
-            f"{checkpoint.path} was pretrained with {read.pretrain_num_input_channels} channels, and its plan does not "
-            "say which modalities they are. Only encoders of one channel can be imported."
-        )
     return read
 
 
@@ -265,18 +266,11 @@ def _pretraining_grid(plan: _Plan, size: _MaeKwargs, state: dict[str, Tensor], p
     )
 
 
-def _orientation(plan: _Plan, given: str | None, path: Path) -> str | None:
-    """How a stored image is turned: to the given orientation (or the reader's), then transposed; see InputContract."""
-    if sorted(plan.transpose_forward) != [0, 1, 2]:
-        raise CheckpointError(f"{path}: transpose_forward {plan.transpose_forward} is no order of three axes.")
-    letters_xyz = given or _REORIENTING_READERS.get(plan.image_reader_writer, "xyz")
-    code = "".join(letters_xyz[::-1][axis] for axis in plan.transpose_forward)[::-1]
-    return None if code == "xyz" else code
-
-
-def _intensity(plan: _Plan, path: Path) -> IntensityRule:
-    scheme, inside = plan.normalization_schemes[:1], plan.use_mask_for_norm in (True, [True], (True,))
-    rule = _RULES.get((*scheme, inside))
+def _intensity(plan: _Plan, channel: int, path: Path) -> IntensityRule:
+    schemes, masks = plan.normalization_schemes, plan.use_mask_for_norm
+    scheme = schemes[channel] if channel < len(schemes) else None
+    inside = masks[channel] if isinstance(masks, list | tuple) and channel < len(masks) else masks
+    rule = _RULES.get((scheme, inside is True))
     if rule is None:
         known = ", ".join(sorted({name for name, _ in _RULES}))
         raise CheckpointError(

@@ -17,7 +17,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import Tensor, nn
 
 from unicon_pipeline.checkpoint import Checkpoint, read_checkpoint, tensors_under, without_wrappers
-from unicon_pipeline.contract import FoundationSpec, InputContract
+from unicon_pipeline.contract import NOT_STATED, FoundationSpec, InputContract
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.families.dna_encoders import dna_encoder_kwargs, total_stride
 from unicon_pipeline.families.nnunet_plans import Configuration, read_configuration
@@ -90,7 +90,7 @@ def convert_folder(folder: Path, options: ImportOptions) -> Imported:
         "sha256": checkpoints[0].sha256,
         "fold": next(iter(folds)),
     }
-    spec = _declare(configuration, options.licence or "not stated", provenance)
+    spec = _declare(configuration, options.licence or NOT_STATED, provenance)
     parts = [_Parts.of(checkpoint, folder) for checkpoint in checkpoints]
     encoder = _network(spec)
     source = str(checkpoints[0].path)

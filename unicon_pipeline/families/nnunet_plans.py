@@ -6,6 +6,7 @@ Plans of the first v2 releases describe the network in another way (`UNet_class_
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from unicon_pipeline.label_spec import Labels, parse_labels
 from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_json, sha256_json
 
-_AXES_ZYX = "zyx"
+_STORED_XYZ = "xyz"
 _REORIENTING_READERS = {"NibabelIOWithReorient": "RAS"}
 _UNITS = {"CT": "HU", "PET": "SUV"}
 # The rules of resize.py; they have been nnU-Net's defaults since its version 2.
@@ -84,6 +85,19 @@ class Configuration:
         )
 
 
+def turned(transpose_forward: Sequence[int], given: str | None, reader: str, source: Path) -> str | None:
+    """How a stored image is turned: to the given orientation (or the reader's), then transposed; see InputContract.
+
+    Raises:
+        CheckpointError: `transpose_forward` is no order of the axes z, y, x (0, 1, 2).
+    """
+    if sorted(transpose_forward) != [0, 1, 2]:
+        raise CheckpointError(f"{source}: transpose_forward {transpose_forward} is no order of the axes 0, 1, 2.")
+    letters_zyx = (given or _REORIENTING_READERS.get(reader, _STORED_XYZ))[::-1]
+    code = "".join(letters_zyx[axis] for axis in transpose_forward)[::-1]
+    return None if code == _STORED_XYZ else code
+
+
 def read_configuration(plans_file: Path, dataset_file: Path, name: str, options: ImportOptions) -> Configuration:
     """Reads one configuration of a trained model.
 
@@ -95,7 +109,7 @@ def read_configuration(plans_file: Path, dataset_file: Path, name: str, options:
     try:
         found = _inherited(plans, name, plans_file)
         _refuse(found, plans_file, name)
-        transpose = [int(axis) for axis in plans.get("transpose_forward", (0, 1, 2))]
+        transpose = plans.get("transpose_forward", [0, 1, 2])
         modalities = _modalities(dataset, options.modalities, dataset_file)
         network, arch_kwargs = _architecture(found)
         return Configuration(
@@ -103,7 +117,7 @@ def read_configuration(plans_file: Path, dataset_file: Path, name: str, options:
             name=name,
             modalities=modalities,
             labels=_labels(dataset, dataset_file),
-            orientation=_orientation(transpose, options.orientation, str(plans.get("image_reader_writer"))),
+            orientation=turned(transpose, options.orientation, str(plans.get("image_reader_writer")), plans_file),
             spacing_zyx_mm=_three(found["spacing"], float),
             patch_shape_zyx=_three(found["patch_size"], int),
             median_shape_zyx=_three(found.get("median_image_size_in_voxels", found["patch_size"]), round),
@@ -174,13 +188,6 @@ def _labels(dataset: dict[str, Any], source: Path) -> Labels:
     order = sorted(range(len(labels.names)), key=lambda index: labels.values[index])
     names, values, written = (tuple(row[i] for i in order) for row in (labels.names, labels.values, labels.written))
     return Labels(names, values, False, written, labels.ignore)
-
-
-def _orientation(transpose_zyx: list[int], given: str | None, reader: str) -> str | None:
-    """How a stored image is turned: to the given orientation (or the reader's), then transposed; see InputContract."""
-    letters_zyx = (given or _REORIENTING_READERS.get(reader) or _AXES_ZYX[::-1])[::-1]
-    code = "".join(letters_zyx[axis] for axis in transpose_zyx)[::-1]
-    return None if code == _AXES_ZYX[::-1] else code
 
 
 def _architecture(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
