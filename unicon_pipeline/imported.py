@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from unicon_pipeline.contract import FoundationSpec
+from unicon_pipeline.decisions import Decision
 from unicon_pipeline.model_folder import TaskPlan
+from unicon_pipeline.plan import DataPlan, contract_digest
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,25 @@ class Imported:
     spec: FoundationSpec
     weights: dict[str, Tensor]
     tasks: tuple[NativeTask, ...] = ()
+
+
+def plan_as_trained(spec: FoundationSpec, whose: str, **fields: Any) -> DataPlan:
+    """The data plan of a native task: `fields` say how it sees an image; nothing is estimated, as nothing is trained.
+
+    Args:
+        whose: "nnU-Net's 3d_fullres", for the plan's one decision.
+    """
+    return DataPlan(
+        modalities=spec.input.modalities,
+        foundation=contract_digest(spec),
+        orientation=spec.input.orientation,
+        spacing_zyx_mm=spec.input.spacing_zyx_mm,
+        intensity=spec.input.intensity,
+        folds=(),
+        memory_gb=0.0,
+        estimated_memory_gb=0.0,
+        estimated_minutes_to_train=0.0,
+        estimated_seconds_per_case=0.0,
+        decisions=(Decision("plan", whose, "as the model was trained"),),
+        **fields,
+    )

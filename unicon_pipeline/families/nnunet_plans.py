@@ -13,11 +13,10 @@ from typing import Any
 
 from unicon_pipeline.contract import ZYX, Conventions, FoundationSpec, IntensityRule, SpacingZYX
 from unicon_pipeline.dataset import parse_channels
-from unicon_pipeline.decisions import Decision
 from unicon_pipeline.errors import CheckpointError, DatasetError
-from unicon_pipeline.imported import ImportOptions
+from unicon_pipeline.imported import ImportOptions, plan_as_trained
 from unicon_pipeline.label_spec import Labels, parse_labels
-from unicon_pipeline.plan import DataPlan, contract_digest
+from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import read_json, sha256_json
 
 _STORED_XYZ = "xyz"
@@ -60,26 +59,17 @@ class Configuration:
         return bool(self.arch_kwargs.get("nonlin_first", False))
 
     def data_plan(self, spec: FoundationSpec, mirror_axes: tuple[int, ...]) -> DataPlan:
-        """The plan that treats an image as nnU-Net does. Nothing is estimated: it was trained elsewhere."""
-        return DataPlan(
+        """The plan that treats an image as nnU-Net does."""
+        return plan_as_trained(
+            spec,
+            f"nnU-Net's {self.name}",
             task=self.dataset,
             task_type="segmentation",
-            modalities=self.modalities,
             labels=self.labels,
-            foundation=contract_digest(spec),
-            orientation=self.orientation,
-            spacing_zyx_mm=self.spacing_zyx_mm,
             view="patch",
             patch_shape_zyx=self.patch_shape_zyx,
             batch_size=self.batch_size,
-            intensity=self.intensity,
             median_shape_zyx=self.median_shape_zyx,
-            folds=(),
-            memory_gb=0.0,
-            estimated_memory_gb=0.0,
-            estimated_minutes_to_train=0.0,
-            estimated_seconds_per_case=0.0,
-            decisions=(Decision("plan", f"nnU-Net's {self.name}", "as the model was trained"),),
             fingerprint_sha256=self.digest,
             conventions=Conventions("nonzero", "zero", mirror_axes),
         )

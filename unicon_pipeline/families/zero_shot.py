@@ -19,15 +19,14 @@ from torch.nn import functional
 
 from unicon_pipeline.checkpoint import Checkpoint
 from unicon_pipeline.contract import ZYX, Conventions, FoundationSpec
-from unicon_pipeline.decisions import Decision
 from unicon_pipeline.errors import CheckpointError, PredictionError
 from unicon_pipeline.families import ctvit
 from unicon_pipeline.families.ctvit import ctclip_tensors, recognises
 from unicon_pipeline.foundation import Foundation
-from unicon_pipeline.imported import Imported, ImportOptions, NativeTask
+from unicon_pipeline.imported import Imported, ImportOptions, NativeTask, plan_as_trained
 from unicon_pipeline.model_folder import TaskPlan
 from unicon_pipeline.native import NATIVES, NativeModel, NativePlan
-from unicon_pipeline.plan import DataPlan, contract_digest
+from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import from_dict, read_json
 from unicon_pipeline.weights import load_exactly
 
@@ -178,25 +177,16 @@ def _data_plan(spec: FoundationSpec, grid: ZYX) -> DataPlan:
     """The whole field of view at the foundation's spacing, centred in the shape of the token grid; nothing is cropped
     before. CT-CLIP was trained without mirroring."""
     shape = tuple(positions * size for positions, size in zip(grid, spec.input.divisible_by_zyx, strict=True))
-    return DataPlan(
+    return plan_as_trained(
+        spec,
+        "CT-CLIP's",
         task=TASK_NAME,
         task_type="classification",
-        modalities=spec.input.modalities,
         labels=None,
-        foundation=contract_digest(spec),
-        orientation=spec.input.orientation,
-        spacing_zyx_mm=spec.input.spacing_zyx_mm,
         view="volume",
         patch_shape_zyx=shape,
         batch_size=1,
-        intensity=spec.input.intensity,
         median_shape_zyx=shape,
-        folds=(),
-        memory_gb=0.0,
-        estimated_memory_gb=0.0,
-        estimated_minutes_to_train=0.0,
-        estimated_seconds_per_case=0.0,
-        decisions=(Decision("plan", "CT-CLIP's", "as the model was trained"),),
         fingerprint_sha256="",
         conventions=Conventions("none", "air", ()),
     )
