@@ -19,9 +19,8 @@ from unicon_pipeline.registry import Registry
 STEMS: Registry[type[nn.Module]] = Registry("stem")
 
 
-@STEMS.register("residual_stem")
-class ResidualStem(nn.Module):
-    """Residual blocks at `strides_zyx` (finest first, the foundation's projection stride among them).
+class _Stem(nn.Module):
+    """What every stem has: residual blocks at `strides_zyx`, and the gate.
 
     `levels` declares the maps it offers to heads, finest first; the first stride is (1, 1, 1).
     """
@@ -29,10 +28,18 @@ class ResidualStem(nn.Module):
     def __init__(self, projection: FeatureLevel, strides_zyx: tuple[ZYX, ...], features: tuple[int, ...]):
         super().__init__()
         self.levels = residual_levels(strides_zyx, features)
-        self._projection_level = strides_zyx.index(projection.stride_zyx)
         self.encoder = residual_path(1, self.levels)
-        self.to_projection = nn.Conv3d(features[self._projection_level], projection.channels, 1)
         self.gate = nn.Parameter(torch.zeros(projection.channels))
+
+
+@STEMS.register("residual_stem")
+class ResidualStem(_Stem):
+    """Its map at the foundation's projection stride, which is among `strides_zyx`, is what enters there."""
+
+    def __init__(self, projection: FeatureLevel, strides_zyx: tuple[ZYX, ...], features: tuple[int, ...]):
+        super().__init__(projection, strides_zyx, features)
+        self._projection_level = strides_zyx.index(projection.stride_zyx)
+        self.to_projection = nn.Conv3d(features[self._projection_level], projection.channels, 1)
 
     def forward(self, modality_b1zyx: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One modality -> (gated map at the foundation's projection level, maps for the heads)."""
@@ -41,19 +48,13 @@ class ResidualStem(nn.Module):
 
 
 @STEMS.register("patch_embedding")
-class PatchEmbeddingStem(nn.Module):
-    """For a backbone of tokens: a patch embedding like its own, and residual blocks at the finer `strides_zyx`.
-
-    `levels` declares the maps it offers to heads, finest first; the first stride is (1, 1, 1).
-    """
+class PatchEmbeddingStem(_Stem):
+    """For a backbone of tokens: a patch embedding like its own enters; all `strides_zyx` are finer than it."""
 
     def __init__(self, projection: FeatureLevel, strides_zyx: tuple[ZYX, ...], features: tuple[int, ...]):
-        super().__init__()
-        self.levels = residual_levels(strides_zyx, features)
-        self.encoder = residual_path(1, self.levels)
+        super().__init__(projection, strides_zyx, features)
         self.to_projection = nn.Conv3d(1, projection.channels, projection.stride_zyx, projection.stride_zyx)
         self.norm = nn.LayerNorm(projection.channels)
-        self.gate = nn.Parameter(torch.zeros(projection.channels))
 
     def forward(self, modality_b1zyx: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One modality -> (gated tokens as a map at the foundation's projection level, maps for the heads)."""
