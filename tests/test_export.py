@@ -8,7 +8,7 @@ from unicon_pipeline import export
 from unicon_pipeline.export import decide, export_case
 from unicon_pipeline.geometry import Grid
 from unicon_pipeline.label_spec import Labels
-from unicon_pipeline.preprocess import CaseGeometry
+from unicon_pipeline.prepare import CaseGeometry
 
 TWO = Labels(("a", "b"), ((1,), (3,)), False, (1, 3), None)
 REGIONS = Labels(("whole", "core"), ((1, 2), (2,)), True, (1, 2), None)

@@ -23,7 +23,8 @@ from unicon_pipeline.info import describe, format_description
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.predict import Predictor, predict_folder
-from unicon_pipeline.preprocess import plan_and_preprocess, prepare_case
+from unicon_pipeline.prepare import prepare_case
+from unicon_pipeline.preprocess import plan_and_preprocess
 from unicon_pipeline.verify import verify
 
 pytest.importorskip("nnunetv2")

@@ -26,7 +26,7 @@ from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.native import NativePlan
 from unicon_pipeline.phantoms import write_phantom_task
 from unicon_pipeline.predict import predict_folder
-from unicon_pipeline.preprocess import prepare_case
+from unicon_pipeline.prepare import prepare_case
 from unicon_pipeline.tables import read_table
 from unicon_pipeline.verify import verify
 from unicon_pipeline.weights import canonical_state, load_exactly

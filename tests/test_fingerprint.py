@@ -18,6 +18,7 @@ from unicon_pipeline.fingerprint import (
 )
 from unicon_pipeline.geometry import Grid, Volume, orient, write_image, write_labels
 from unicon_pipeline.records import read_record, sha256_file, write_record
+from unicon_pipeline.workers import Workers
 
 LPS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
@@ -68,7 +69,7 @@ def test_figures_of_a_case(folder):
 
 
 def test_statistics_are_those_of_labelled_voxels(folder):
-    found = fingerprint_task(read_task(folder), "LPS").intensity
+    found = fingerprint_task(read_task(folder), "LPS", Workers()).intensity
     values = np.tile([60.0] * 8 + list(range(100, 164)), 3)
     ct = found["CT"]
     assert (ct.n, ct.min, ct.max, ct.median) == (216, 60, 163, np.median(values))
@@ -117,7 +118,8 @@ def test_oddities(folder):
 
 def test_the_same_with_two_processes_and_on_a_second_run(folder, tmp_path):
     task = read_task(folder)
-    one, two = fingerprint_task(task, "LPS", 1), fingerprint_task(task, "LPS", 2)
+    with Workers(2) as workers:
+        one, two = fingerprint_task(task, "LPS", Workers()), fingerprint_task(task, "LPS", workers)
     assert one == two
     write_record(tmp_path / "fingerprint.json", one)
     assert read_record(tmp_path / "fingerprint.json", Fingerprint) == one
@@ -126,19 +128,20 @@ def test_the_same_with_two_processes_and_on_a_second_run(folder, tmp_path):
 def test_unusable_cases_are_named_and_the_others_kept(folder):
     truncated = folder / "imagesTr" / "case1_0000.nii.gz"
     truncated.write_bytes(truncated.read_bytes()[:200])
-    found = fingerprint_task(read_task(folder), "LPS", 2)
+    with Workers(2) as workers:
+        found = fingerprint_task(read_task(folder), "LPS", workers)
     assert [case.case_id for case in found.cases] == ["case0", "case2"]
     assert list(found.failed) == ["case1"]
     assert str(truncated) in found.failed["case1"]
     for path in (folder / "imagesTr").glob("*_0000*"):
         path.write_bytes(b"no image")
     with pytest.raises(DatasetError, match="(?s)no usable case among 3.*case0: .*case2: "):
-        fingerprint_task(read_task(folder), "LPS")
+        fingerprint_task(read_task(folder), "LPS", Workers())
 
 
 def test_whether_it_is_current(folder):
     task = read_task(folder)
-    found = fingerprint_task(task, "LPS")
+    found = fingerprint_task(task, "LPS", Workers())
     assert is_current(found, task, "LPS")
     assert not is_current(found, task, None)
     write_case(folder, "case3")

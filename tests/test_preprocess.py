@@ -17,8 +17,10 @@ from unicon_pipeline.intensity import body_box, normalise
 from unicon_pipeline.label_spec import Labels
 from unicon_pipeline.phantoms import make_phantom, write_phantom_task
 from unicon_pipeline.plan import DataPlan
-from unicon_pipeline.preprocess import plan_and_preprocess, prepare_case
+from unicon_pipeline.prepare import prepare_case
+from unicon_pipeline.preprocess import plan_and_preprocess
 from unicon_pipeline.store import open_case, read_meta, stored_case_ids, write_case
+from unicon_pipeline.workers import Workers
 
 SMALL = {"shape_zyx": (20, 32, 32), "spacing_zyx_mm": (10.0, 9.0, 9.0)}
 LABELS = Labels(("low", "high"), ((1,), (2,)), False, (1, 2), None)
@@ -289,7 +291,7 @@ class TestRuns:
         made, _ = run()
         cases = tmp_path / "work" / "preprocessed" / "Task" / "cases"
         (raw / "labelsTr" / "phantom_0001.nii.gz").write_bytes(b"no labels")
-        assert list(preprocess.preprocess_task(read_task(raw), made, cases, 1)) == ["phantom_0001"]
+        assert list(preprocess.preprocess_task(read_task(raw), made, cases, Workers())) == ["phantom_0001"]
         assert stored_case_ids(cases) == ("phantom_0002", "phantom_0003")
 
     def test_an_interrupted_run_leaves_no_half_file_and_goes_on(self, run, tmp_path, monkeypatch):

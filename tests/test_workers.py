@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from unicon_pipeline.errors import DatasetError
-from unicon_pipeline.workers import Failure, each, usable_processes
+from unicon_pipeline.workers import Failure, Workers, usable_processes
+
+
+def each(function, items, processes, *shared):
+    with Workers(processes) as workers:
+        yield from workers.each(function, items, *shared)
 
 
 def work(item, offset=0, folder=None):
@@ -76,8 +81,9 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 from pathlib import Path
 from test_workers import work
-from unicon_pipeline.workers import each
-list(each(work, ["slow1", "slow2", "slow3"], 2, 0, Path(sys.argv[1])))
+from unicon_pipeline.workers import Workers
+with Workers(2) as workers:
+    list(workers.each(work, ["slow1", "slow2", "slow3"], 0, Path(sys.argv[1])))
 """
 
 
@@ -121,8 +127,8 @@ def test_where_the_work_is_done():
 def test_a_script_without_a_main_guard(tmp_path):
     """Else each process runs the script again, waits for a folder that the first run holds, and all stand still."""
     script = tmp_path / "script.py"
-    script.write_text("print('started')\nfrom test_workers import work\nfrom unicon_pipeline.workers import each\n"
-                      "print(sorted(each(work, ['a', 'bb'], 2)))\n")  # fmt: skip
+    script.write_text("print('started')\nfrom test_workers import work\nfrom unicon_pipeline.workers import Workers\n"
+                      "with Workers(2) as workers:\n    print(sorted(workers.each(work, ['a', 'bb'])))\n")  # fmt: skip
     here = os.path.dirname(__file__)
     path = os.pathsep.join([here, os.path.dirname(here)])
     run = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True,

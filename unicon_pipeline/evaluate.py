@@ -22,7 +22,7 @@ from unicon_pipeline.geometry import GRID_TOLERANCE_MM, Volume, grids_differ_mm,
 from unicon_pipeline.metrics import Summary, dice, finite_or_none, summarise, surface_scores, volume_ml
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import write_record
-from unicon_pipeline.workers import Failure, each
+from unicon_pipeline.workers import Failure, Workers
 
 RESULT_FILE = "evaluation.json"
 SUFFIX = ".nii.gz"
@@ -159,11 +159,12 @@ def evaluate_segmentation(
     if not jobs:
         raise PredictionError(_nothing_found(predictions, sorted(references), list(files)))
     results: dict[str, CaseScores | Failure] = {}
-    done = each(_score_case, jobs, processes)
-    for job, result in progress_bar(done, "evaluate", lambda pair: pair[0].case.case_id, len(jobs)):
-        results[job.case.case_id] = result
-        if isinstance(result, Failure):
-            _log.warning("%s could not be evaluated: %s", job.case.case_id, result)
+    with Workers(processes) as workers:
+        done = workers.each(_score_case, jobs)
+        for job, result in progress_bar(done, "evaluate", lambda pair: pair[0].case.case_id, len(jobs)):
+            results[job.case.case_id] = result
+            if isinstance(result, Failure):
+                _log.warning("%s could not be evaluated: %s", job.case.case_id, result)
     ordered = [(job.case.case_id, results[job.case.case_id]) for job in jobs]
     scored = [result for _, result in ordered if isinstance(result, CaseScores)]
     failed = {case_id: str(result) for case_id, result in ordered if isinstance(result, Failure)}

@@ -13,7 +13,7 @@ import numpy as np
 from unicon_pipeline.contract import ZYX
 from unicon_pipeline.dataset import Labels
 from unicon_pipeline.geometry import Volume, orient, orientation_code
-from unicon_pipeline.preprocess import CaseGeometry
+from unicon_pipeline.prepare import CaseGeometry
 from unicon_pipeline.resize import axis_matrix, axis_orders
 
 _SLAB_BYTES = 64 << 20

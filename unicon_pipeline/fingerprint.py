@@ -21,7 +21,7 @@ from unicon_pipeline.intensity import body_box, body_mask, read_in_units
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import sha256_file
 from unicon_pipeline.resize import ANISOTROPY
-from unicon_pipeline.workers import Failure, each
+from unicon_pipeline.workers import Failure, Workers
 
 SAMPLES_PER_CASE = 10_000
 SMALL_AXIS_VOXELS = 8
@@ -119,21 +119,20 @@ def fingerprint_case(
     return record, _foreground_values(case.case_id, images, labels, task.labels)
 
 
-def fingerprint_task(task: Task, orientation: str | None, processes: int = 1) -> Fingerprint:
+def fingerprint_task(task: Task, orientation: str | None, workers: Workers) -> Fingerprint:
     """Fingerprints every case; a case that cannot be used is recorded in `failed` and does not stop the others.
 
     Args:
         orientation: as in `fingerprint_case`.
-        processes: worker processes; 1 works in this process.
 
-    The result does not depend on `processes`.
+    The result does not depend on the `workers`.
 
     Raises:
         DatasetError: no case is usable; lists the reasons.
     """
     results: dict[str, tuple[CaseFingerprint, dict[str, np.ndarray]]] = {}
     failed: dict[str, str] = {}
-    done = each(fingerprint_case, task.cases, processes, task, orientation)
+    done = workers.each(fingerprint_case, task.cases, task, orientation)
     for case, outcome in progress_bar(done, "fingerprint", lambda pair: pair[0].case_id, len(task.cases)):
         if isinstance(outcome, Failure):
             failed[case.case_id] = str(outcome)

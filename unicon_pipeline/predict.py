@@ -26,7 +26,7 @@ from unicon_pipeline.geometry import Volume, write_image, write_labels
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder, TaskPlan
 from unicon_pipeline.plan import DataPlan
-from unicon_pipeline.preprocess import PreparedCase, prepare_case
+from unicon_pipeline.prepare import PreparedCase, prepare_case
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import write_record
 from unicon_pipeline.sliding_window import sliding_window_logits, whole_logits

@@ -35,63 +35,82 @@ class Failure(str):
     """Why an item could not be done, in words."""
 
 
-def each(function: Callable, items: Sequence[Item], processes: int, *shared: object) -> Iterator[tuple[Item, object]]:
-    """Yields (item, `function(item, *shared)` or its `Failure`) in the order of completion.
+class Workers:
+    """Processes that work on cases side by side, and stay from one round of work to the next.
 
-    Errors meant for people, I/O errors and lack of memory become failures; anything else is a bug and raised.
-    When a process is killed, its item is logged by name and tried once more at the end, with no other beside
-    it; the others go on. Leaving early (Ctrl-C, an error) kills the processes at once, and they do not
-    outlive this process however it ends. `function` must live in a module, not in a script.
+    Used as a context: leaving it ends the processes, at once where it is left early (Ctrl-C, an error). They do not
+    outlive this process however it ends.
     """
-    if processes <= 1 or len(items) <= 1:
-        for item in items:
-            yield item, _attempt(function, item, shared)
-        return
-    killed = []
-    for item, outcome in _side_by_side(function, items, processes, shared):
-        if outcome is _WAS_KILLED:
-            logger.warning("The process that worked on %s was killed; trying again at the end, alone.", _name(item))
-            killed.append(item)
-        else:
-            yield item, outcome
-    for item in killed:
-        for _, outcome in _side_by_side(function, [item], 1, shared):
-            yield item, Failure(_KILLED) if outcome is _WAS_KILLED else outcome
 
+    def __init__(self, processes: int = 1):
+        """`processes`: how many at most; 1 works in this process."""
+        self.processes = processes
+        self._idle: list[_Worker] = []
 
-def _side_by_side(
-    function: Callable, items: Sequence[Item], processes: int, shared: tuple
-) -> Iterator[tuple[Item, object]]:
-    waiting = list(reversed(items))
-    running: dict[Future, tuple[_Worker, Item]] = {}
-    workers: list[_Worker] = []
+    def __enter__(self) -> Workers:
+        return self
 
-    def start(worker: _Worker) -> None:
-        item = waiting.pop()
-        running[worker.submit(function, item, shared)] = worker, item
+    def __exit__(self, *_: object) -> None:
+        while self._idle:
+            self._idle.pop().end()
 
-    try:
-        for _ in range(min(processes, len(items))):
-            workers.append(_Worker())
-            start(workers[-1])
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                worker, item = running.pop(future)
-                dead = isinstance(future.exception(), BrokenProcessPool)
-                outcome = _WAS_KILLED if dead else future.result()
-                if dead:
-                    workers.remove(worker)
-                    worker.end()
-                    if waiting:
-                        worker = _Worker()
-                        workers.append(worker)
-                if waiting:
-                    start(worker)
+    def each(
+        self, function: Callable, items: Sequence[Item], *shared: object, at_most: int | None = None
+    ) -> Iterator[tuple[Item, object]]:
+        """Yields (item, `function(item, *shared)` or its `Failure`) in the order of completion.
+
+        Errors meant for people, I/O errors and lack of memory become failures; anything else is a bug and raised.
+        When a process is killed, its item is logged by name and tried once more at the end, with no other beside
+        it; the others go on. `function` must live in a module, not in a script.
+
+        Args:
+            at_most: so many at a time, where that is fewer than there are processes.
+        """
+        processes = min(self.processes, at_most or self.processes, len(items))
+        if processes <= 1:
+            for item in items:
+                yield item, _attempt(function, item, shared)
+            return
+        killed = []
+        for item, outcome in self._side_by_side(function, items, processes, shared):
+            if outcome is _WAS_KILLED:
+                logger.warning("The process that worked on %s was killed; trying again at the end, alone.", _name(item))
+                killed.append(item)
+            else:
                 yield item, outcome
-    finally:
-        for worker in workers:
-            worker.end()
+        for item in killed:
+            for _, outcome in self._side_by_side(function, [item], 1, shared):
+                yield item, Failure(_KILLED) if outcome is _WAS_KILLED else outcome
+
+    def _side_by_side(
+        self, function: Callable, items: Sequence[Item], processes: int, shared: tuple
+    ) -> Iterator[tuple[Item, object]]:
+        waiting = list(reversed(items))
+        running: dict[Future, tuple[_Worker, Item]] = {}
+
+        def start(worker: _Worker) -> None:
+            item = waiting.pop()
+            running[worker.submit(function, item, shared)] = worker, item
+
+        try:
+            for _ in range(processes):
+                start(self._idle.pop() if self._idle else _Worker())
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    worker, item = running.pop(future)
+                    dead = isinstance(future.exception(), BrokenProcessPool)
+                    outcome = _WAS_KILLED if dead else future.result()
+                    if dead:
+                        worker.end()
+                    if waiting:
+                        start(_Worker() if dead else worker)
+                    elif not dead:
+                        self._idle.append(worker)
+                    yield item, outcome
+        finally:
+            for worker, _ in running.values():
+                worker.end()
 
 
 class _Worker:

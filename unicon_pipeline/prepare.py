@@ -1,0 +1,130 @@
+"""From a case's images to network input: orientation, crop, intensity, spacing.
+
+Training and prediction share it, so both see a case in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from unicon_pipeline.contract import ZYX, SpacingZYX
+from unicon_pipeline.errors import DatasetError
+from unicon_pipeline.geometry import Grid, Volume, orient
+from unicon_pipeline.intensity import body_box, box_of, nonzero_region, normalise
+from unicon_pipeline.plan import DataPlan
+from unicon_pipeline.resize import axis_orders, resize, resize_labels, resized_shape
+
+IMAGE_ORDER, LABEL_ORDER = 3, 1  # nnU-Net's: cubic for images, linear per class for labels
+
+
+@dataclass(frozen=True)
+class CaseGeometry:
+    """The way back from network input to the image: the crop (voxels of the oriented grid), and the network's grid."""
+
+    original: Grid
+    oriented: Grid
+    crop_start_zyx: ZYX
+    crop_stop_zyx: ZYX
+    resized_shape_zyx: ZYX
+    network_spacing_zyx_mm: SpacingZYX
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """Network input: float32 (C, Z, Y, X), channels in the plan's order, absent ones zero; labels int16 in step."""
+
+    array_czyx: np.ndarray
+    present: tuple[str, ...]
+    labels_zyx: np.ndarray | None
+    geometry: CaseGeometry
+
+
+def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | None = None) -> PreparedCase:
+    """Orients, crops to the body, normalises and resamples one case.
+
+    Args:
+        images: modality -> volume in HU or SUV, all on one grid.
+        labels: on the same grid; the crop is widened to hold all of them.
+
+    Raises:
+        DatasetError: none of the plan's modalities is there.
+    """
+    present = tuple(name for name in plan.modalities if name in images)
+    if not present:
+        raise DatasetError(f"{plan.task} needs {' or '.join(plan.modalities)}; the case has {', '.join(images)}.")
+    original = images[present[0]].grid
+    turned = {name: _oriented(images[name], plan.orientation) for name in present}
+    turned_labels = None if labels is None else _oriented(labels, plan.orientation)
+    oriented = turned[present[0]].grid
+    nonzero = nonzero_region(turned) if _needs_nonzero(plan) else None
+    box = _with_labels(_crop_box(turned, nonzero, plan.conventions.crop), turned_labels)
+    cropped: ZYX = tuple(side.stop - side.start for side in box)
+    shape = resized_shape(cropped, oriented.spacing_zyx_mm, plan.spacing_zyx_mm)
+    array_czyx = np.zeros((len(plan.modalities), *shape), np.float32)
+    orders = axis_orders(oriented.spacing_zyx_mm, plan.spacing_zyx_mm, IMAGE_ORDER)
+    for name in present:
+        inside = None if nonzero is None else nonzero[box]
+        network_values = normalise(turned[name].array_zyx[box], plan.intensity[name], inside)
+        array_czyx[plan.modalities.index(name)] = resize(network_values[None], shape, orders)[0]
+    labels_zyx = None
+    if turned_labels is not None:
+        label_orders = axis_orders(oriented.spacing_zyx_mm, plan.spacing_zyx_mm, LABEL_ORDER)
+        labels_zyx = resize_labels(turned_labels.array_zyx[box], shape, label_orders)
+    geometry = CaseGeometry(
+        original=original,
+        oriented=oriented,
+        crop_start_zyx=tuple(side.start for side in box),
+        crop_stop_zyx=tuple(side.stop for side in box),
+        resized_shape_zyx=shape,
+        network_spacing_zyx_mm=plan.spacing_zyx_mm,
+    )
+    prepared = PreparedCase(array_czyx, present, labels_zyx, geometry)
+    return _whole_view(prepared, plan) if plan.view == "volume" else prepared
+
+
+def _oriented(volume: Volume, orientation: str | None) -> Volume:
+    return volume if orientation is None else orient(volume, orientation)
+
+
+def _needs_nonzero(plan: DataPlan) -> bool:
+    standardised = any(rule.scheme == "zscore_nonzero" for rule in plan.intensity.values())
+    return standardised or plan.conventions.crop == "nonzero"
+
+
+def _crop_box(images: dict[str, Volume], nonzero_zyx: np.ndarray | None, crop: str) -> tuple[slice, ...]:
+    if crop == "nonzero":
+        return box_of(nonzero_zyx)
+    if crop == "none":
+        return tuple(slice(0, size) for size in next(iter(images.values())).array_zyx.shape)
+    return body_box(images)
+
+
+def _with_labels(box: tuple[slice, ...], labels: Volume | None) -> tuple[slice, ...]:
+    """The box, widened to hold all labels."""
+    if labels is None or not labels.array_zyx.any():
+        return box
+    widened = []
+    for axis, side in enumerate(box):
+        others = tuple(other for other in range(3) if other != axis)
+        labelled = np.flatnonzero(labels.array_zyx.any(axis=others))
+        widened.append(slice(min(side.start, int(labelled[0])), max(side.stop, int(labelled[-1]) + 1)))
+    return tuple(widened)
+
+
+def _whole_view(case: PreparedCase, plan: DataPlan) -> PreparedCase:
+    """The case centred in the plan's fixed shape: cut where it is larger, air where it is smaller."""
+    source, target = case.array_czyx.shape[1:], plan.patch_shape_zyx
+    if source == tuple(target):
+        return case
+    air = [value if name in case.present else 0.0 for name, value in zip(plan.modalities, plan.air, strict=True)]
+    fixed = np.empty((len(air), *target), np.float32)
+    fixed[:] = np.array(air, np.float32).reshape(-1, 1, 1, 1)
+    into, out_of = [slice(None)], [slice(None)]
+    for have, want in zip(source, target, strict=True):
+        size = min(have, want)
+        into.append(slice((want - size) // 2, (want - size) // 2 + size))
+        out_of.append(slice((have - size) // 2, (have - size) // 2 + size))
+    fixed[tuple(into)] = case.array_czyx[tuple(out_of)]
+    return PreparedCase(fixed, case.present, None, case.geometry)
