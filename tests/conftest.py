@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unicon_pipeline.budget import PRESETS
 from unicon_pipeline.extend import extend
 from unicon_pipeline.extension_plan import Schedule
 from unicon_pipeline.families import build_foundation
@@ -51,7 +52,7 @@ def grown(tmp_path_factory) -> Grown:
     create_model(work / "model", spec, canonical_state(build_foundation(spec)))
     for task, modalities in (("CT", ("CT",)), ("CTPET", ("CT", "PET"))):
         write_phantom_task(work / "raw" / task, "lesions", 3, 5, modalities=modalities, **SMALL)
-        _, failed = plan_and_preprocess(work / "raw" / task, work, spec, processes=1)
+        _, failed = plan_and_preprocess(work / "raw" / task, work, spec, PRESETS["cpu"], processes=1)
         assert not failed
     extend(work / "raw" / "CT", work, work / "model", schedule=FEW_STEPS, device="cpu")
     images = work / "raw" / "CTPET" / "imagesTr"

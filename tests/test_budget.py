@@ -8,7 +8,7 @@ from tiny_foundations import strided_spec, tokens_spec
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicon_pipeline.budget import Costs, training_costs
+from unicon_pipeline.budget import PRESETS, Costs, training_costs
 from unicon_pipeline.contract import CT_HU_RULE, FeatureLevel, FoundationSpec, InputContract
 from unicon_pipeline.extension_plan import ExtensionPlan, HeadPlan, Schedule, StemPlan
 from unicon_pipeline.families import build_foundation
@@ -21,8 +21,8 @@ STRIDED = strided_spec((64, 256, 512, 1024), ((1, 2, 2), (2, 2, 2), (2, 2, 2), (
 TOKENS = tokens_spec((8, 8, 8), width=192, layers=8)
 ODD_TOKENS = tokens_spec((10, 20, 20), width=512, layers=4)
 CASES = {
-    # Its stems' operations are not in the estimate, so that plans stay as they were.
     "embedded": (EMBEDDED, ("CT",)),
+    "embedded with PET": (EMBEDDED, ("CT", "PET")),
     "strided": (STRIDED, ("CT",)),
     "strided with PET and MR": (STRIDED, ("CT", "PET", "MR")),
     "tokens": (TOKENS, ("CT",)),
@@ -32,7 +32,7 @@ CASES = {
 
 
 def costs(spec, modalities=("CT",), view="patch") -> Costs:
-    return training_costs(spec, modalities, view, 8.0, False)
+    return training_costs(spec, modalities, view, PRESETS["gpu8"])
 
 
 def real_costs(spec, modalities, head):
@@ -69,9 +69,10 @@ def test_the_estimate_is_near_the_real_network(spec, modalities, view):
     assert macs / factor < found.macs < macs * factor
 
 
-def test_plans_of_the_embedded_foundation_stay_as_they_were():
-    found = costs(EMBEDDED, ("CT", "PET"))
-    assert (found.elements, found.macs) == pytest.approx((2 * 58.4375 + 48, 2 * 23142.0))
+def test_a_stem_costs_time_but_on_a_cpu_no_smaller_patch():
+    one, two = (training_costs(EMBEDDED, names, "patch", PRESETS["cpu"]) for names in (("CT",), ("CT", "PET")))
+    assert two.macs > 1.4 * one.macs and two.elements > 1.4 * one.elements
+    assert two.budget == one.budget
 
 
 def test_a_costly_encoder_does_not_make_its_decoder_costly():
@@ -87,4 +88,4 @@ def test_a_costly_foundation_keeps_a_useful_patch_on_a_cpu():
     level = FeatureLevel((1, 1, 1), 32, 4)
     contract = InputContract(("CT",), "LPS", None, None, (8, 8, 8), {"CT": CT_HU_RULE})
     spec = FoundationSpec("net", {}, contract, "pyramid", level, (level,), 320, 1e9, "MIT")
-    assert training_costs(spec, ("CT",), "patch", 2.0, True).budget == 32 * 64 * 64
+    assert training_costs(spec, ("CT",), "patch", PRESETS["cpu"]).budget == 32 * 64 * 64

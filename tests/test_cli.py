@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from unicon_pipeline import cli
+from unicon_pipeline.budget import PRESETS, Machine
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.extension_plan import schedule_for
+from unicon_pipeline.input_shape import Overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = dict(
@@ -82,7 +84,7 @@ def work(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def plan_stands(stand_in):
-    stand_in("model_folder", "foundation_spec", "the spec")
+    stand_in("model_record", "foundation_spec", "the spec")
     stand_in("plan", "format_plan", "the table")
     return stand_in("preprocess", "plan_and_preprocess", ("the plan", {}))
 
@@ -246,16 +248,13 @@ def test_pretrain_passes_its_options(stand_in, work, capsys):
 
 
 def test_plan_passes_overrides_in_zyx_order(plan_stands, work, capsys):
-    overrides = ["--spacing", "3", "2", "1.5", "--patch", "16", "32", "48", "--batch", "2", "--memory-gb", "4"]
-    arguments = ["-t", "Lung", "-w", str(work), "--device", "cpu", "--processes", "1"]
+    overrides = ["--spacing", "3", "2", "1.5", "--patch", "16", "32", "48", "--batch", "2", "--folds", "4"]
+    arguments = ["-t", "Lung", "-w", str(work), "--device", "cpu", "--processes", "1", "--memory-gb", "4"]
     assert cli.main_plan_and_preprocess([*arguments, *overrides]) == 0
     expected = {
-        "memory_gb": 4.0,
-        "on_cpu": True,
+        "machine": Machine(4.0, True, "memory set by the user"),
         "processes": 1,
-        "spacing_zyx_mm": (3.0, 2.0, 1.5),
-        "patch_shape_zyx": (16, 32, 48),
-        "batch_size": 2,
+        "overrides": Overrides((3.0, 2.0, 1.5), (16, 32, 48), 2, 4),
     }
     assert expected.items() <= plan_stands.calls[0].items()
     assert capsys.readouterr().out == "the table\n"
@@ -263,8 +262,14 @@ def test_plan_passes_overrides_in_zyx_order(plan_stands, work, capsys):
 
 def test_plan_leaves_to_the_planner_what_was_not_set(plan_stands, work):
     assert cli.main_plan_and_preprocess(["-t", "Lung", "-w", str(work), "--device", "cpu"]) == 0
-    unset = ("memory_gb", "processes", "spacing_zyx_mm", "patch_shape_zyx", "batch_size")
-    assert all(plan_stands.calls[0].get(name) is None for name in unset)
+    (call,) = plan_stands.calls
+    assert (call["processes"], call["overrides"]) == (None, Overrides())
+    assert (call["machine"].memory_gb, call["machine"].on_cpu) == (2.0, True)
+
+
+def test_plan_for_another_machine(plan_stands, work):
+    assert cli.main_plan_and_preprocess(["-t", "Lung", "-w", str(work), "--preset", "gpu24"]) == 0
+    assert plan_stands.calls[0]["machine"] == PRESETS["gpu24"]
 
 
 @pytest.mark.parametrize(

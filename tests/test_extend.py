@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from unicon_pipeline.budget import PRESETS
 from unicon_pipeline.errors import DatasetError, PlanError
 from unicon_pipeline.extend import extend, modality_dropped, plan_for
 from unicon_pipeline.extension_plan import Schedule
@@ -108,7 +109,7 @@ def test_a_fold_that_does_not_exist_is_refused(copy):
 
 def test_a_classification_task_is_sent_elsewhere(grown, tmp_path):
     folder = write_phantom_task(tmp_path / "raw" / "Findings", "findings", 3, 1, shape_zyx=(16, 32, 32))
-    plan_and_preprocess(folder, tmp_path, ModelFolder(grown.model).spec(), processes=1)
+    plan_and_preprocess(folder, tmp_path, ModelFolder(grown.model).spec(), PRESETS["cpu"], processes=1)
     with pytest.raises(PlanError, match="unicon_pretrain"):
         plan_for(folder, tmp_path, grown.model)
 

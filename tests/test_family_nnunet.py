@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from unicon_pipeline.budget import PRESETS
 from unicon_pipeline.dataset import prediction_cases
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.extend import extend
@@ -20,6 +21,7 @@ from unicon_pipeline.geometry import Grid, Volume, orient, read_labels
 from unicon_pipeline.imported import ImportOptions
 from unicon_pipeline.importer import import_checkpoint
 from unicon_pipeline.info import describe, format_description
+from unicon_pipeline.input_shape import Overrides
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.predict import Predictor, predict_folder
@@ -226,7 +228,8 @@ def test_an_imported_model_grows_and_its_own_task_stays_bit_identical(oracle, mo
     predict_folder(images, tmp_path / "before", model, **how)
     task = shutil.copytree(oracle / "raw" / "Dataset901_Plain", tmp_path / "raw" / "Again")
     spec = ModelFolder(model).spec()
-    plan, failed = plan_and_preprocess(task, tmp_path, spec, processes=1, patch_shape_zyx=(16, 16, 16))
+    small = Overrides(patch_shape_zyx=(16, 16, 16))
+    plan, failed = plan_and_preprocess(task, tmp_path, spec, PRESETS["cpu"], processes=1, overrides=small)
     assert not failed
     assert plan.spacing_zyx_mm == spec.input.spacing_zyx_mm and plan.intensity == spec.input.intensity
     extend(task, tmp_path, model, schedule=Schedule(steps=2, minutes=None), device="cpu")

@@ -23,7 +23,7 @@ from unicon_pipeline.imported import ImportOptions
 from unicon_pipeline.importer import import_checkpoint
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder
-from unicon_pipeline.native import NativePlan
+from unicon_pipeline.model_record import NativePlan
 from unicon_pipeline.phantoms import write_phantom_task
 from unicon_pipeline.predict import predict_folder
 from unicon_pipeline.prepare import prepare_case

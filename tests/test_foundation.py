@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from unicon_pipeline.adapters import LowRankAdapter
+from unicon_pipeline.budget import PRESETS
 from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, InputContract
 from unicon_pipeline.errors import CheckpointError, UniconError
 from unicon_pipeline.extend import extend
@@ -19,7 +20,9 @@ from unicon_pipeline.extension_plan import Schedule
 from unicon_pipeline.families import ARCHITECTURES, build_foundation
 from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.foundation import declare, freeze
-from unicon_pipeline.model_folder import EMBEDDED, ModelFolder, create_model
+from unicon_pipeline.input_shape import Overrides
+from unicon_pipeline.model_folder import ModelFolder, create_model
+from unicon_pipeline.model_record import EMBEDDED
 from unicon_pipeline.phantoms import write_phantom_task
 from unicon_pipeline.predict import predict_folder
 from unicon_pipeline.preprocess import plan_and_preprocess
@@ -149,7 +152,7 @@ def test_a_model_on_it_grows_by_pet_predicts_and_stays_what_it_was(name, tmp_pat
     size = {"shape_zyx": (24, 40, 40), "spacing_zyx_mm": (12.0, 10.0, 10.0)}
     write_phantom_task(task, "lesions", 3, 5, modalities=("CT", "PET"), **size)
     patch = input_shape(spec, 1, 1, 2)
-    _, failed = plan_and_preprocess(task, tmp_path, spec, processes=1, patch_shape_zyx=patch)
+    _, failed = plan_and_preprocess(task, tmp_path, spec, PRESETS["cpu"], processes=1, overrides=Overrides(None, patch))
     assert not failed
     result = extend(task, tmp_path, tmp_path / "model", schedule=Schedule(steps=1, minutes=None), device="cpu")
     assert result.entry.stems == (() if "PET" in spec.input.modalities else ("PET",))

@@ -1,7 +1,7 @@
 """What unicon_info tells of a model."""
 
 from unicon_pipeline.info import describe, format_description
-from unicon_pipeline.model_folder import EMBEDDED
+from unicon_pipeline.model_record import EMBEDDED
 
 
 def test_describes_foundation_and_tasks(grown):

@@ -8,7 +8,8 @@ import torch
 
 from unicon_pipeline import model_folder
 from unicon_pipeline.errors import CheckpointError
-from unicon_pipeline.model_folder import EMBEDDED, ModelFolder, foundation_spec, open_or_create
+from unicon_pipeline.model_folder import ModelFolder, open_or_create
+from unicon_pipeline.model_record import EMBEDDED, foundation_spec
 from unicon_pipeline.records import sha256_file
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from unicon_pipeline.budget import Machine
 from unicon_pipeline.contract import CT_HU_RULE, FeatureLevel, FoundationSpec, InputContract
 from unicon_pipeline.dataset import Case, Task
 from unicon_pipeline.errors import PlanError
 from unicon_pipeline.fingerprint import CaseFingerprint, ChannelStatistics, Fingerprint
+from unicon_pipeline.input_shape import Overrides, _patch
 from unicon_pipeline.label_spec import Labels
-from unicon_pipeline.plan import DataPlan, _patch, contract_digest, format_plan, plan_task
+from unicon_pipeline.plan import DataPlan, contract_digest, format_plan, plan_task
 from unicon_pipeline.records import read_record, write_record
 from unicon_pipeline.tables import Table
 
@@ -21,6 +23,7 @@ LABELS = Labels(("tumour",), ((1,),), False, (1,), None)
 # 70 maps at full resolution, twice with the decoder: 140 elements a voxel. nnU-Net's 560e6 elements in 8 GB are
 # 4e6 voxels for each of two samples, so 500 000 voxels per GB.
 VOXELS_PER_GB = 500_000
+GPU = Machine(4.0, False, "test")
 
 
 def spec(macs=1000.0, **contract):
@@ -47,7 +50,7 @@ def data(shapes, spacings, task_type="segmentation", failed=None, events=None):
 
 def plan(shapes, spacings, *arguments, foundation=None, memory=4.0, on_cpu=False, **overrides):
     task, fingerprint = data(shapes, spacings, *arguments)
-    return plan_task(task, fingerprint, foundation or spec(), memory, on_cpu, **overrides)
+    return plan_task(task, fingerprint, foundation or spec(), Machine(memory, on_cpu, "test"), Overrides(**overrides))
 
 
 def reason(found, name):
@@ -119,7 +122,7 @@ class TestPatch:
     def test_a_further_modality_and_a_coarse_stem_cost_memory(self):
         task, fingerprint = data(*ISOTROPIC)
         more = dataclasses.replace(task, modalities=("CT", "PET"))
-        (one, two) = (plan_task(t, fingerprint, spec(), 4.0, False) for t in (task, more))
+        (one, two) = (plan_task(t, fingerprint, spec(), GPU) for t in (task, more))
         assert math.prod(two.patch_shape_zyx) < 0.75 * math.prod(one.patch_shape_zyx)
         assert list(two.intensity) == ["CT", "PET"]
 
@@ -209,17 +212,17 @@ class TestWhatElseStopsAPlan:
     def test_no_event(self):
         task, fingerprint = data(*ISOTROPIC, "prognosis", events=[0.0] * 20)
         with pytest.raises(PlanError, match="no usable case has an event"):
-            plan_task(task, fingerprint, spec(), 4.0, False)
+            plan_task(task, fingerprint, spec(), GPU)
         task, fingerprint = data(*ISOTROPIC, "prognosis", events=[0.0] * 19 + [1.0])
-        assert plan_task(task, fingerprint, spec(), 4.0, False).view == "volume"
+        assert plan_task(task, fingerprint, spec(), GPU).view == "volume"
 
     def test_a_fingerprint_of_something_else(self):
         task, fingerprint = data(*ISOTROPIC)
         for wrong in ({"task": "Other"}, {"orientation": "RAS"}):
             with pytest.raises(PlanError, match="Make the fingerprint again"):
-                plan_task(task, dataclasses.replace(fingerprint, **wrong), spec(), 4.0, False)
+                plan_task(task, dataclasses.replace(fingerprint, **wrong), spec(), GPU)
         with pytest.raises(PlanError, match="no usable case"):
-            plan_task(task, dataclasses.replace(fingerprint, cases=()), spec(), 4.0, False)
+            plan_task(task, dataclasses.replace(fingerprint, cases=()), spec(), GPU)
 
 
 class TestRecord:
@@ -243,7 +246,7 @@ class TestRecord:
     def test_failed_cases_are_in_no_fold_and_are_shown(self):
         task, fingerprint = data(*ISOTROPIC, "segmentation")
         kept = dataclasses.replace(fingerprint, cases=fingerprint.cases[:-1], failed={"case019": "truncated"})
-        found = plan_task(task, kept, spec(), 4.0, False)
+        found = plan_task(task, kept, spec(), GPU)
         assert sorted(name for fold in found.folds for name in fold) == [f"case{i:03d}" for i in range(19)]
         table = format_plan(found)
         assert "19 of 20" in table

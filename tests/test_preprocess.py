@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from unicon_pipeline import preprocess
+from unicon_pipeline.budget import PRESETS
 from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, IntensityRule
 from unicon_pipeline.dataset import Case, read_case, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.export import export_case
 from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.geometry import Grid, Volume, grids_differ_mm, orient, write_image
+from unicon_pipeline.input_shape import Overrides
 from unicon_pipeline.intensity import body_box, normalise
 from unicon_pipeline.label_spec import Labels
 from unicon_pipeline.phantoms import make_phantom, write_phantom_task
@@ -190,8 +192,10 @@ def raw(tmp_path):
 
 @pytest.fixture
 def run(raw, tmp_path, foundation):
-    def again(**wishes):
-        return plan_and_preprocess(raw, tmp_path / "work", foundation, **({"processes": 1} | wishes))
+    def again(spacing=None, processes=1):
+        return plan_and_preprocess(
+            raw, tmp_path / "work", foundation, PRESETS["cpu"], overrides=Overrides(spacing), processes=processes
+        )
 
     return again
 
@@ -260,7 +264,7 @@ class TestRuns:
         folder = tmp_path / "work" / "preprocessed" / "Task"
         run()
         before = snapshot(folder)
-        run(spacing_zyx_mm=(12.0, 12.0, 12.0))
+        run((12.0, 12.0, 12.0))
         assert changed(before, snapshot(folder)) == ["phantom_0001", "phantom_0002", "phantom_0003"]
         assert read_meta(folder / "cases", "phantom_0001")["geometry"]["original"]["spacing_zyx_mm"][0] == 10.0
 
@@ -328,6 +332,6 @@ class TestRuns:
 
         monkeypatch.setattr(preprocess, "usable_processes", ask)
         run(processes=None)
-        run(processes=None, spacing_zyx_mm=(2.0, 2.0, 2.0))
+        run((2.0, 2.0, 2.0), processes=None)
         assert asked[1] < asked[3] - 50  # the second spacing makes arrays a hundred times as large
         assert 300 < asked[1] < 310

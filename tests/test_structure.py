@@ -23,18 +23,18 @@ MAX_PARAMETERS = 9
 # A module imports only from modules before it in this list.
 ORDER = """
     errors records contract levels registry decisions progress workers nifti geometry label_spec tables dataset
-    phantom_scene phantom_render phantoms intensity resize fingerprint budget plan prepare store preprocess
-    extension_plan device weights checkpoint foundation native families families.dna_encoders stems adapters heads model
-    model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet families.ctvit
-    families.zero_shot families.monai_encoders families.primus families.nnssl
+    phantom_scene phantom_render phantoms intensity resize fingerprint budget input_shape plan prepare store preprocess
+    extension_plan model_record device machine weights checkpoint foundation native families families.dna_encoders stems
+    adapters heads model model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet
+    families.ctvit families.zero_shot families.monai_encoders families.primus families.nnssl
     losses augment loader metrics training
     sliding_window verify importer extend pretrain export predict evaluate info demo option_types command_line cli
 """.split()
 
 TORCH_FREE = """
     errors records contract levels registry decisions progress workers nifti geometry label_spec tables dataset
-    phantom_scene phantom_render phantoms intensity resize fingerprint budget plan prepare store preprocess
-    extension_plan augment loader metrics export evaluate option_types command_line cli
+    phantom_scene phantom_render phantoms intensity resize fingerprint budget input_shape plan prepare store preprocess
+    extension_plan model_record info augment loader metrics export evaluate option_types command_line cli
 """.split()
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

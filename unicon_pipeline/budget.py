@@ -31,6 +31,24 @@ _KERNEL = 27  # of a 3x3x3 convolution
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What trains. `memory_gb`: what training may use; `on_cpu`: time is the limit then; `source`: who says so."""
+
+    memory_gb: float
+    on_cpu: bool
+    source: str
+
+
+# To plan on one machine for another. On a CPU time is the limit, and 2 GB hold what it can train.
+PRESETS = {
+    "cpu": Machine(2.0, True, "preset cpu"),
+    "gpu8": Machine(8.0, False, "preset gpu8"),
+    "gpu24": Machine(24.0, False, "preset gpu24"),
+    "gpu80": Machine(80.0, False, "preset gpu80"),
+}
+
+
+@dataclass(frozen=True)
 class Costs:
     """Per input voxel: feature map elements kept for training, and multiply-accumulates of a forward pass.
 
@@ -44,10 +62,8 @@ class Costs:
     machine: str
 
 
-def training_costs(
-    spec: FoundationSpec, modalities: tuple[str, ...], view: str, memory_gb: float, on_cpu: bool
-) -> Costs:
-    """What one input voxel costs, and how many the memory (GB) and, on a CPU, the time allow.
+def training_costs(spec: FoundationSpec, modalities: tuple[str, ...], view: str, machine: Machine) -> Costs:
+    """What one input voxel costs, and how many the machine's memory and, on a CPU, its time allow.
 
     Args:
         view: "patch" (with a decoder) or "volume" (without).
@@ -55,14 +71,16 @@ def training_costs(
     new = tuple(modality for modality in modalities if modality not in spec.input.modalities)
     elements, macs = _per_voxel(spec, new, with_decoder=view == "patch")
     width = min(1.0, spec.pyramid[0].channels / _FULL_SPEED_CHANNELS)
-    budget = _REFERENCE_ELEMENTS * memory_gb / _REFERENCE_GB / elements
-    if not on_cpu:
-        flops = width * next(speed for limit, speed in _GPU_FLOPS if memory_gb <= limit)
+    budget = _REFERENCE_ELEMENTS * machine.memory_gb / _REFERENCE_GB / elements
+    if not machine.on_cpu:
+        flops = width * next(speed for limit, speed in _GPU_FLOPS if machine.memory_gb <= limit)
         return Costs(elements, macs, flops, budget, "GPU of this size")
     cores, precision = _cores(), _cpu_precision()
-    # The reference CPU's speed and not this one's, so that the plan is the same on every CPU.
+    # The reference CPU's speed and not this one's, so that the plan is the same on every CPU; and without the stems,
+    # so that all tasks of a foundation see patches of one size.
     reference = width * _REFERENCE_CORES * _CORE_FLOPS["float32"]
-    by_time = _CPU_STEP_SECONDS * reference / (MIN_BATCH * max(macs, 1.0) * 2 * TRAINING_PASSES)
+    _, shared_macs = _per_voxel(spec, (), with_decoder=view == "patch")
+    by_time = _CPU_STEP_SECONDS * reference / (MIN_BATCH * max(shared_macs, 1.0) * 2 * TRAINING_PASSES)
     budget = min(budget, max(by_time, _CPU_MIN_VOXELS))
     return Costs(elements, macs, width * cores * _CORE_FLOPS[precision], budget, f"CPU ({cores} cores, {precision})")
 
@@ -77,13 +95,13 @@ def _per_voxel(spec: FoundationSpec, new: tuple[str, ...], with_decoder: bool) -
     per_level = [level.conv_maps / math.prod(level.stride_zyx) for level in spec.pyramid]
     stems = {modality: new_stem_levels(spec) for modality in new}
     skips = skip_levels(spec, stems)
-    if not skips.detail:  # a decoder mirrors the encoder, and stems work at the finest level
-        passes = 2 if with_decoder else 1
-        return passes * sum(per_level) + len(new) * per_level[0], passes * spec.encoder_macs_per_voxel
-    if spec.projection.stride_zyx not in [level.stride_zyx for level in spec.pyramid]:
-        per_level.append(spec.projection.conv_maps / math.prod(spec.projection.stride_zyx))
-    parts = [(sum(per_level), spec.encoder_macs_per_voxel), *(_path_costs(1, levels) for levels in stems.values())]
-    if with_decoder:
+    parts = [(sum(per_level), spec.encoder_macs_per_voxel)]
+    if with_decoder and not skips.detail:  # a decoder mirrors the encoder
+        parts *= 2
+    parts += [_path_costs(1, levels) for levels in stems.values()]
+    if skips.detail and spec.projection.stride_zyx not in [level.stride_zyx for level in spec.pyramid]:
+        parts.append((spec.projection.conv_maps / math.prod(spec.projection.stride_zyx), 0.0))
+    if with_decoder and skips.detail:
         parts += [_path_costs(skips.native_channels, skips.detail), _decoder_costs(skips), _neck_costs(skips)]
     elements, macs = (sum(costs) for costs in zip(*parts))
     return elements, macs

@@ -5,6 +5,7 @@ Nothing heavy is imported before the options are known to be good.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
@@ -134,7 +135,9 @@ def main_plan_and_preprocess(argv: Sequence[str] | None = None) -> int:
     parser = new_parser("unicon_plan_and_preprocess", text, work_option, model_option, device_option)
     task_help = "folder names under WORK/raw, or paths"
     parser.add_argument("-t", "--task", required=True, nargs="+", metavar="TASK", help=task_help)
-    memory_help = "what training may use (default: by device)"
+    preset_help = "plan for another machine than this one"
+    parser.add_argument("--preset", choices=("cpu", "gpu8", "gpu24", "gpu80"), help=preset_help)
+    memory_help = "what training may use (default: a GPU's memory, or 2 GB on a CPU, whose limit is time)"
     parser.add_argument("--memory-gb", type=positive_float, metavar="GB", help=memory_help)
     processes_help = "cases at a time (default: by machine)"
     parser.add_argument("--processes", type=positive_int, metavar="N", help=processes_help)
@@ -142,19 +145,26 @@ def main_plan_and_preprocess(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--spacing", type=positive_float, help="voxel size in mm, instead of the planned one", **axes)
     parser.add_argument("--patch", type=positive_int, help="input shape in voxels, instead of the planned one", **axes)
     parser.add_argument("--batch", type=positive_int, metavar="N", help="batch size, instead of the planned one")
+    parser.add_argument("--folds", type=positive_int, metavar="K", help="cross-validation folds, instead of five")
     return run(parser, _plan_and_preprocess, argv)
 
 
 def _plan_and_preprocess(options: Namespace) -> int:
+    from unicon_pipeline.budget import PRESETS
     from unicon_pipeline.dataset import resolve_task
-    from unicon_pipeline.device import choose_device
-    from unicon_pipeline.model_folder import foundation_spec
+    from unicon_pipeline.input_shape import Overrides
+    from unicon_pipeline.machine import machine_for
+    from unicon_pipeline.model_record import foundation_spec
     from unicon_pipeline.plan import format_plan
     from unicon_pipeline.preprocess import plan_and_preprocess
 
     folders = [resolve_task(task, options.work) for task in options.task]
     spec = foundation_spec(options.model)
-    on_cpu = choose_device(options.device).type == "cpu"
+    machine = PRESETS[options.preset] if options.preset else machine_for(options.device)
+    if options.memory_gb:
+        machine = dataclasses.replace(machine, memory_gb=options.memory_gb, source="memory set by the user")
+    spacing, patch = (tuple(value) if value else None for value in (options.spacing, options.patch))
+    overrides = Overrides(spacing, patch, options.batch, options.folds)
     statuses = []
     for folder in folders:
         try:
@@ -162,12 +172,9 @@ def _plan_and_preprocess(options: Namespace) -> int:
                 folder,
                 options.work,
                 spec,
-                memory_gb=options.memory_gb,
-                on_cpu=on_cpu,
+                machine,
+                overrides=overrides,
                 processes=options.processes,
-                spacing_zyx_mm=options.spacing and tuple(options.spacing),
-                patch_shape_zyx=options.patch and tuple(options.patch),
-                batch_size=options.batch,
             )
         except UniconError as problem:  # one task's fault must not cost the others
             logger.error("%s: %s", folder.name, problem, exc_info=options.debug)

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
+from unicon_pipeline.budget import PRESETS
 from unicon_pipeline.dataset import read_task
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.evaluate import evaluate
 from unicon_pipeline.extend import extend
 from unicon_pipeline.extension_plan import schedule_for
 from unicon_pipeline.geometry import read_image, write_labels
+from unicon_pipeline.input_shape import Overrides
 from unicon_pipeline.metrics import Summary
-from unicon_pipeline.model_folder import ChainEntry, ModelFolder, open_or_create
+from unicon_pipeline.model_folder import ModelFolder, open_or_create
+from unicon_pipeline.model_record import ChainEntry
 from unicon_pipeline.phantoms import case_seed, write_phantom_images, write_phantom_task
 from unicon_pipeline.predict import predict_folder
 from unicon_pipeline.preprocess import plan_and_preprocess
@@ -44,7 +47,7 @@ FULL = DemoSize(training_cases=24, test_cases=6, minutes={"Lesion_CT": 2.0, "Les
 QUICK = DemoSize(training_cases=6, test_cases=2, minutes={"Lesion_CT": 0.2, "Lesion_CTPET": 0.2})
 
 # Minutes instead of an hour of training: smaller patches than planned and a higher rate than usual.
-PATCH_SHAPE_ZYX = (32, 32, 32)
+PATCH = Overrides(patch_shape_zyx=(32, 32, 32))
 LEARNING_RATE = 3e-3
 
 
@@ -96,7 +99,7 @@ class _Demo:
         """Plans, extends by the task, predicts every input, and compares what the earlier tasks give now."""
         raw = self.work / "raw" / task
         spec = ModelFolder(self.model).spec()
-        _, failed = plan_and_preprocess(raw, self.work, spec, on_cpu=True, patch_shape_zyx=PATCH_SHAPE_ZYX)
+        _, failed = plan_and_preprocess(raw, self.work, spec, PRESETS["cpu"], overrides=PATCH)
         if failed:
             raise UniconError(f"The demonstration's own phantoms failed: {failed}")
         schedule = dataclasses.replace(schedule_for(self.size.minutes[task], None), learning_rate=LEARNING_RATE)

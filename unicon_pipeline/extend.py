@@ -28,14 +28,8 @@ from unicon_pipeline.loader import PatchLoader, usual_workers
 from unicon_pipeline.losses import SegmentationLoss, dice_of_counts
 from unicon_pipeline.metrics import finite_or_none, format_summary, summarise
 from unicon_pipeline.model import build_task_model
-from unicon_pipeline.model_folder import (
-    CHAIN_FILE,
-    ChainEntry,
-    ModelFolder,
-    TaskPlan,
-    foundation_spec,
-    open_or_create,
-)
+from unicon_pipeline.model_folder import ModelFolder, open_or_create
+from unicon_pipeline.model_record import CHAIN_FILE, ChainEntry, TaskPlan, foundation_spec
 from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_record, sha256_json, to_dict
 from unicon_pipeline.sliding_window import sliding_window_logits

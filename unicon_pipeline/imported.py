@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.decisions import Decision
-from unicon_pipeline.model_folder import TaskPlan
+from unicon_pipeline.model_record import TaskPlan
 from unicon_pipeline.plan import DataPlan, contract_digest
 
 

@@ -18,7 +18,8 @@ from unicon_pipeline.families import build_foundation, build_native, family_modu
 from unicon_pipeline.families.nnunet import convert_folder, find_model_folder
 from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.imported import Imported, ImportOptions, NativeTask
-from unicon_pipeline.model_folder import CHAIN_FILE, ModelFolder, create_model
+from unicon_pipeline.model_folder import ModelFolder, create_model
+from unicon_pipeline.model_record import CHAIN_FILE
 from unicon_pipeline.records import atomic_path
 from unicon_pipeline.verify import probe, verify
 from unicon_pipeline.weights import canonical_state, load_exactly

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unicon_pipeline.metrics import format_summary
-from unicon_pipeline.model_folder import ChainEntry, ModelFolder, TaskPlan
+from unicon_pipeline.model_record import ChainEntry, ModelRecord, TaskPlan
 from unicon_pipeline.records import to_dict
 
 _SHOWN_PROVENANCE = ("family", "source", "file", "sha256", "fold", "made_by", "task", "training_cases", "validation")
@@ -20,7 +20,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no sound model in `path`.
     """
-    model = ModelFolder(path)
+    model = ModelRecord(path)
     spec = model.spec()
     tasks = []
     for entry in model.chain.entries:

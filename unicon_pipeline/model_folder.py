@@ -9,8 +9,6 @@ leftovers of a cut extension and count for nothing.
 from __future__ import annotations
 
 import dataclasses
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,93 +16,21 @@ from torch import Tensor, nn
 
 from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.errors import CheckpointError
-from unicon_pipeline.extension_plan import ExtensionPlan, StemPlan
+from unicon_pipeline.extension_plan import StemPlan
 from unicon_pipeline.families import build_foundation, build_native
 from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.model import TaskModel, build_stem, build_task_model
-from unicon_pipeline.native import NativeModel, NativePlan
-from unicon_pipeline.plan import DataPlan
-from unicon_pipeline.records import read_json, read_record, sha256_file, sha256_json, to_dict, write_json, write_record
+from unicon_pipeline.model_record import CHAIN_FILE, EMBEDDED, Chain, ChainEntry, ModelRecord, TaskPlan
+from unicon_pipeline.native import NativeModel
+from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_json, write_record
 from unicon_pipeline.store import folder_lock
 from unicon_pipeline.weights import canonical_state, load_exactly, load_weights, save_weights
 
-EMBEDDED = Path(__file__).parent / "embedded"
-CHAIN_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-+]*")
+WEIGHTS_FILE = "weights.safetensors"
 
 
-@dataclass(frozen=True)
-class ChainEntry:
-    """One extension. `kind`: foundation or task. `files`: path within the model folder -> sha256.
-
-    `previous`: digest of the entry before ("" for the first). `stems`: the modalities that it brought.
-    """
-
-    kind: str
-    name: str
-    stems: tuple[str, ...]
-    files: dict[str, str]
-    trained_parameters: int
-    added_bytes: int
-    previous: str
-
-
-@dataclass(frozen=True)
-class Chain:
-    """`model.json`. `head` is the digest of the last entry and so of the whole model."""
-
-    entries: tuple[ChainEntry, ...]
-    head: str
-    schema_version: int = 1
-
-
-@dataclass(frozen=True)
-class TaskPlan:
-    """`plan.json` of a task: how its data becomes input, and what it added.
-
-    A task has an `extension`, or it came with the checkpoint and is `native`.
-    """
-
-    data: DataPlan
-    extension: ExtensionPlan | None
-    native: NativePlan | None = None
-    schema_version: int = 1
-
-    def __post_init__(self) -> None:
-        if (self.extension is None) == (self.native is None):
-            raise ValueError("a task has either an extension or a native network.")
-
-
-class ModelFolder:
-    """A model folder, opened for reading, or for adding one extension.
-
-    Raises:
-        CheckpointError: the folder holds no model, or its chain is damaged.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        if not (self.path / CHAIN_FILE).is_file():
-            raise CheckpointError(
-                f"{self.path} is no model folder: it has no {CHAIN_FILE}. unicon_extend makes one; -m names another."
-            )
-        self.chain = read_record(self.path / CHAIN_FILE, Chain, CheckpointError)
-        check_chain(self.chain, self.path / CHAIN_FILE)
-        self._sound: set[str] = set()
-
-    @property
-    def head(self) -> str:
-        """Digest of the whole model."""
-        return self.chain.head
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks in the order in which they were added."""
-        return tuple(entry.name for entry in self.chain.entries if entry.kind == "task")
-
-    def spec(self) -> FoundationSpec:
-        """The foundation's declaration."""
-        return read_record(self._checked("foundation/foundation.json"), FoundationSpec, CheckpointError)
+class ModelFolder(ModelRecord):
+    """A model folder, opened for its networks, or for adding one extension."""
 
     def foundation(self) -> Foundation:
         """The frozen foundation with its weights."""
@@ -112,34 +38,11 @@ class ModelFolder:
         self._load(foundation, "foundation")
         return freeze(foundation)
 
-    def stem_plans(self) -> dict[str, StemPlan]:
-        """The stems that earlier tasks brought, by modality."""
-        return {
-            modality: read_record(self._checked(f"stems/{modality}/stem.json"), StemPlan, CheckpointError)
-            for entry in self.chain.entries
-            for modality in entry.stems
-        }
-
     def stem(self, stem: StemPlan, foundation: Foundation) -> nn.Module:
         """A trained stem, frozen."""
         built = build_stem(stem, foundation)
         self._load(built, f"stems/{stem.modality}")
         return freeze(built)
-
-    def task_plan(self, task: str) -> TaskPlan:
-        """The plan of a task.
-
-        Raises:
-            CheckpointError: the model has no such task; the message lists those it has.
-        """
-        if task not in self.tasks:
-            has = ", ".join(self.tasks) or "none yet"
-            raise CheckpointError(f"{self.path} has no task {task!r}; it has: {has}.")
-        return read_record(self._checked(f"tasks/{task}/plan.json"), TaskPlan, CheckpointError)
-
-    def card(self, task: str) -> dict[str, Any]:
-        """A task's card: data fingerprint, metrics, seeds, versions, probe."""
-        return read_json(self._checked(f"tasks/{task}/card.json"), CheckpointError)
 
     def task_model(self, task: str, foundation: Foundation) -> TaskModel | NativeModel:
         """A task's network with its trained weights, in evaluation mode."""
@@ -221,19 +124,8 @@ class ModelFolder:
                     "Run unicon_extend again: it will reuse that stem."
                 )
 
-    def _checked(self, file: str) -> Path:
-        """The path of a file of the chain, once its digest was compared."""
-        if file not in self._sound:
-            digest = next((entry.files[file] for entry in self.chain.entries if file in entry.files), None)
-            if digest is None:
-                raise CheckpointError(f"{self.path / file} belongs to no entry of {CHAIN_FILE}.")
-            if problem := file_problem(self.path, file, digest):
-                raise CheckpointError(f"{problem} Restore it from a copy; unicon_verify checks all files.")
-            self._sound.add(file)
-        return self.path / file
-
     def _load(self, module: nn.Module, folder: str, without: tuple[str, ...] = ()) -> None:
-        path = self._checked(f"{folder}/{WEIGHTS_FILE}")
+        path = self.checked(f"{folder}/{WEIGHTS_FILE}")
         wanted = {name: t for name, t in canonical_state(module).items() if not name.startswith(without or ("\0",))}
         load_exactly(wanted, load_weights(path), str(path))
 
@@ -262,34 +154,3 @@ def open_or_create(path: Path) -> ModelFolder:
         return ModelFolder(path)
     embedded = ModelFolder(EMBEDDED)
     return create_model(path, embedded.spec(), load_weights(EMBEDDED / f"foundation/{WEIGHTS_FILE}"))
-
-
-def foundation_spec(path: Path) -> FoundationSpec:
-    """The declaration of the model in `path`, or of the embedded foundation where there is no model yet."""
-    return ModelFolder(path if (Path(path) / CHAIN_FILE).exists() else EMBEDDED).spec()
-
-
-def check_chain(chain: Chain, source: Path) -> None:
-    """Each entry must name the digest of the one before it, and stay inside the folder.
-
-    Raises:
-        CheckpointError: an entry was changed, removed or reordered, or names a path outside.
-    """
-    previous = ""
-    for entry in chain.entries:
-        names = (entry.name, *entry.stems, *(part for file in entry.files for part in file.split("/")))
-        if not all(_NAME.fullmatch(name) for name in names):
-            raise CheckpointError(f"{source}: the entry {entry.name!r} holds a name that no model folder has.")
-        if entry.previous != previous:
-            raise CheckpointError(f"{source}: the chain is broken at {entry.name}: an earlier entry was changed.")
-        previous = sha256_json(to_dict(entry))
-    if chain.head != previous:
-        raise CheckpointError(f"{source}: the chain is broken at its end: the last entry was changed.")
-
-
-def file_problem(model: Path, file: str, digest: str) -> str | None:
-    """What is wrong with a file of the chain, in words; None if nothing is."""
-    path = model / file
-    if not path.is_file():
-        return f"{path} is missing."
-    return None if sha256_file(path) == digest else f"{path} has changed since it was added (sha256 differs)."

@@ -7,7 +7,6 @@ It has no adapters and no stems, needs every modality that it was trained with, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,19 +14,6 @@ from torch import Tensor, nn
 from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.registry import Registry
 from unicon_pipeline.weights import canonical_state
-
-
-@dataclass(frozen=True)
-class NativePlan:
-    """`kind` is a key of the registry of native networks, `options` its JSON arguments.
-
-    `outputs`: what it tells apart, without background. `origin`: one line on where it came from.
-    """
-
-    kind: str
-    options: dict[str, Any]
-    outputs: tuple[str, ...]
-    origin: str
 
 
 class NativeModel(nn.Module, ABC):

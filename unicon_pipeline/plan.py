@@ -1,6 +1,5 @@
 """The data plan: spacing, patch, batch, intensity and folds, each with its reason in words.
 
-The rules are nnU-Net's published ones, applied to the foundation's declared feature maps, within its input contract.
 Nothing is timed: what a machine can do comes from a table, so one machine always gives the same plan.
 """
 
@@ -8,25 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
-from unicon_pipeline.budget import MIN_BATCH, TRAINING_PASSES, Costs, needed_gb, training_costs
+from unicon_pipeline.budget import TRAINING_PASSES, Costs, Machine, needed_gb, training_costs
 from unicon_pipeline.contract import ZYX, Conventions, FoundationSpec, IntensityRule, SpacingZYX
 from unicon_pipeline.dataset import Labels, Task, patient_folds
 from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import PlanError
 from unicon_pipeline.fingerprint import Fingerprint
+from unicon_pipeline.input_shape import (
+    NO_OVERRIDES,
+    InputShape,
+    Overrides,
+    checked,
+    choose_batch,
+    choose_shape,
+    shown,
+    shown_mm,
+)
 from unicon_pipeline.intensity import normalised_air, rules_for
 from unicon_pipeline.records import sha256_json, to_dict
-from unicon_pipeline.resize import ANISOTROPY, resized_shape
 
+_FOLDS = 5
 NOMINAL_STEPS = 1500  # of training, for the estimate; the extension plan sets the real number
 
-_INITIAL_EDGE, _DATASET_SHARE, _COVERAGE, _COARSER = 256, 0.05, 0.25, 1.03  # nnU-Net's
 _READ_VOXELS_PER_SECOND = 5e6  # decompressing, cropping, resizing there and back
 _VIEW_REASONS = {
     "patch": "each voxel is labelled: sliding window at full detail",
@@ -73,58 +80,32 @@ class DataPlan:
         return tuple(normalised_air(self.intensity[name], name) for name in self.modalities)
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    spacing: SpacingZYX
-    spacing_reason: str
-    shape: ZYX
-    shape_reason: str
-    median: ZYX
-
-
-@dataclass(frozen=True)
-class _Wishes:
-    """What the foundation or the user fixed, and who did; None leaves it to the rules."""
-
-    spacing: SpacingZYX | None
-    spacing_reason: str
-    shape: ZYX | None
-    shape_reason: str
-    batch: int | None
-
-
 def plan_task(
     task: Task,
     fingerprint: Fingerprint,
     spec: FoundationSpec,
-    memory_gb: float,
-    on_cpu: bool,
-    spacing_zyx_mm: SpacingZYX | None = None,
-    patch_shape_zyx: ZYX | None = None,
-    batch_size: int | None = None,
+    machine: Machine,
+    overrides: Overrides = NO_OVERRIDES,
 ) -> DataPlan:
     """Plans a task.
 
     Args:
         fingerprint: of the same task, in the foundation's orientation.
-        memory_gb: memory for training, in GB.
-        on_cpu: plan for a CPU, where time is the limit.
-        spacing_zyx_mm, patch_shape_zyx, batch_size: override the rules, and are recorded as set by the user.
+        machine: what will train.
+        overrides: go before the rules, and are recorded as set by the user.
 
     Raises:
         PlanError: no plan fits the memory or the contract, an override is invalid, or the targets allow no training.
     """
-    wishes = _wishes(spec, memory_gb, spacing_zyx_mm, patch_shape_zyx, batch_size)
-    _check_inputs(task, fingerprint, spec)
+    overrides = checked(overrides, spec.input)
+    _check_inputs(task, fingerprint, spec, machine)
     intensity = rules_for(task.modalities, spec.input, task.intensity)
     view = "patch" if task.task_type == "segmentation" else "volume"
-    costs = training_costs(spec, task.modalities, view, memory_gb, on_cpu)
-    choose = _patch_view if view == "patch" else _volume_view
-    geometry = choose(fingerprint, spec.input.divisible_by_zyx, wishes, costs.budget, on_cpu)
-    batch, batch_reason = _batch(geometry, costs.budget, len(fingerprint.cases), wishes)
-    memory, minutes, seconds, estimates = _estimates(geometry, batch, costs, fingerprint, view, memory_gb)
-    usable = {case.case_id for case in fingerprint.cases}
-    folds = patient_folds(dataclasses.replace(task, cases=tuple(c for c in task.cases if c.case_id in usable)))
+    costs = training_costs(spec, task.modalities, view, machine)
+    geometry = choose_shape(view, fingerprint, spec.input, overrides, costs.budget, machine.on_cpu)
+    batch, batch_reason = choose_batch(geometry, costs.budget, len(fingerprint.cases), overrides)
+    memory, minutes, seconds, estimates = _estimates(geometry, batch, costs, fingerprint, view, machine)
+    folds, folds_reason = _folds(task, fingerprint, overrides)
     return DataPlan(
         task=task.name,
         task_type=task.task_type,
@@ -139,7 +120,7 @@ def plan_task(
         intensity=intensity,
         median_shape_zyx=geometry.median,
         folds=folds,
-        memory_gb=float(memory_gb),
+        memory_gb=float(machine.memory_gb),
         estimated_memory_gb=memory,
         estimated_minutes_to_train=minutes,
         estimated_seconds_per_case=seconds,
@@ -147,7 +128,7 @@ def plan_task(
             *_data_decisions(fingerprint, spec, intensity),
             *_geometry_decisions(geometry, view),
             Decision("batch", str(batch), batch_reason),
-            Decision("folds", str(len(folds)), "min(5, patients); a patient is never split"),
+            Decision("folds", str(len(folds)), folds_reason),
             *estimates,
         ),
         fingerprint_sha256=sha256_json(to_dict(fingerprint)),
@@ -165,38 +146,9 @@ def format_plan(plan: DataPlan) -> str:
     return format_decisions(f"Plan of {plan.task} ({plan.task_type})", plan.decisions)
 
 
-def _wishes(
-    spec: FoundationSpec, memory_gb: float, spacing: SpacingZYX | None, patch: ZYX | None, batch: int | None
-) -> _Wishes:
-    contract = spec.input
-    if not (math.isfinite(memory_gb) and memory_gb > 0):
-        raise PlanError(f"The memory must be a positive number of GB, found {memory_gb}.")
-    if spacing is not None:
-        spacing = tuple(float(value) for value in spacing)
-        if len(spacing) != 3 or not all(math.isfinite(value) and value > 0 for value in spacing):
-            raise PlanError(f"The spacing must be three positive numbers (z y x, mm), found {spacing}.")
-        if contract.spacing_zyx_mm not in (None, spacing):
-            raise PlanError(
-                f"The foundation expects a spacing of {_mm(contract.spacing_zyx_mm)}, not {_mm(spacing)}. "
-                "Leave the spacing out."
-            )
-    if patch is not None:
-        patch = tuple(int(size) for size in patch)
-        divisors = contract.divisible_by_zyx
-        if len(patch) != 3 or any(size < 1 or size % by for size, by in zip(patch, divisors)):
-            raise PlanError(f"The patch {patch} (z y x) must be positive multiples of {divisors}.")
-        if contract.fixed_shape_zyx not in (None, patch):
-            raise PlanError(f"The foundation works only on inputs of {contract.fixed_shape_zyx}. Leave the patch out.")
-    if batch is not None and batch < 1:
-        raise PlanError(f"The batch size must be at least 1, found {batch}.")
-    spacing_reason = "the foundation's own" if contract.spacing_zyx_mm else "set by the user"
-    shape_reason = "the only shape that the foundation takes" if contract.fixed_shape_zyx else "set by the user"
-    return _Wishes(
-        contract.spacing_zyx_mm or spacing, spacing_reason, contract.fixed_shape_zyx or patch, shape_reason, batch
-    )
-
-
-def _check_inputs(task: Task, fingerprint: Fingerprint, spec: FoundationSpec) -> None:
+def _check_inputs(task: Task, fingerprint: Fingerprint, spec: FoundationSpec, machine: Machine) -> None:
+    if not (math.isfinite(machine.memory_gb) and machine.memory_gb > 0):
+        raise PlanError(f"The memory must be a positive number of GB, found {machine.memory_gb}.")
     if fingerprint.task != task.name or fingerprint.orientation != spec.input.orientation:
         raise PlanError(
             f"The fingerprint is of {fingerprint.task} in orientation {fingerprint.orientation}; expected {task.name} "
@@ -211,134 +163,39 @@ def _check_inputs(task: Task, fingerprint: Fingerprint, spec: FoundationSpec) ->
             raise PlanError(f"{task.folder / 'targets.csv'}: no usable case has an event, so no risk can be learned.")
 
 
-def _target_spacing(fingerprint: Fingerprint) -> tuple[SpacingZYX, str]:
-    """nnU-Net's: the median, but the 10th percentile on an axis that is far coarser and has far fewer voxels."""
-    spacings = np.array([case.spacing_zyx_mm for case in fingerprint.cases])
-    shapes = np.array([case.cropped_shape_zyx for case in fingerprint.cases])
-    target, size = np.median(spacings, axis=0), np.median(shapes, axis=0)
-    worst = int(np.argmax(target))
-    others = [axis for axis in range(3) if axis != worst]
-    coarse = target[worst] > ANISOTROPY * target[others].max()
-    reason = f"median of {len(spacings)} cases"
-    if coarse and size[worst] * ANISOTROPY < size[others].min():
-        target[worst] = max(np.percentile(spacings[:, worst], 10), target[others].max())
-        reason += f"; 10th percentile on the coarse axis {'zyx'[worst]}"
-    z, y, x = (float(value) for value in target)
-    return (z, y, x), reason
-
-
-def _median_shape(fingerprint: Fingerprint, spacing: SpacingZYX) -> ZYX:
-    shapes = [resized_shape(case.cropped_shape_zyx, case.spacing_zyx_mm, spacing) for case in fingerprint.cases]
-    z, y, x = (int(round(value)) for value in np.median(shapes, axis=0))
-    return z, y, x
-
-
-def _patch(spacing: SpacingZYX, median: ZYX, fits: float, divisors: ZYX) -> ZYX:
-    """nnU-Net's: cubic in mm, at most the median shape, then the relatively largest axis shrinks until it fits."""
-    scale = _INITIAL_EDGE * math.prod(spacing) ** (1 / 3)
-    patch = [_up(min(round(scale / s), size), by) for s, size, by in zip(spacing, median, divisors)]
-    while math.prod(patch) > fits:
-        shrinkable = [axis for axis in range(3) if patch[axis] > divisors[axis]]
-        if not shrinkable:
-            break
-        axis = max(shrinkable, key=lambda a: patch[a] / median[a])
-        patch[axis] -= divisors[axis]
-    return _two_positions(patch, divisors)
-
-
-def _two_positions(shape: Sequence[int], divisors: ZYX) -> ZYX:
-    """The shape, doubled along x if its coarsest feature map had a single position, over which no norm is defined."""
-    z, y, x = shape
-    return (z, y, 2 * x) if tuple(shape) == tuple(divisors) else (z, y, x)
-
-
-def _coarsened(spacing: SpacingZYX) -> SpacingZYX:
-    """One step of 3 %: the finer axes up to the coarsest one; once all are equal, all of them."""
-    coarsest = max(spacing)
-    if min(spacing) == coarsest:
-        coarsest *= _COARSER
-    z, y, x = (min(coarsest, value * _COARSER) for value in spacing)
-    return z, y, x
-
-
-def _patch_view(
-    fingerprint: Fingerprint, divisors: ZYX, wishes: _Wishes, budget: float, on_cpu: bool
-) -> _Geometry:
-    spacing, reason = (wishes.spacing, wishes.spacing_reason) if wishes.spacing else _target_spacing(fingerprint)
-    median = _median_shape(fingerprint, spacing)
-    patch = wishes.shape or _patch(spacing, median, budget, divisors)
-    covered = math.prod(patch) / math.prod(median)
-    if on_cpu and wishes.spacing is None and covered < _COVERAGE:
-        reason = (
-            f"{_mm(spacing)} is the {reason}, but a patch that a CPU can train would cover only {covered:.0%} of a "
-            f"case ({_shape(patch)} of {_shape(median)}): the finer axes coarser in 3 % steps up to {_COVERAGE:.0%}"
-        )
-        while math.prod(patch) < _COVERAGE * math.prod(median):
-            spacing = _coarsened(spacing)
-            median = _median_shape(fingerprint, spacing)
-            patch = wishes.shape or _patch(spacing, median, budget, divisors)
-    limit = "a CPU trains in reasonable time" if on_cpu else "fits the memory"
-    patch_reason = wishes.shape_reason if wishes.shape else f"the largest in the median's proportions that {limit}"
-    return _Geometry(spacing, reason, patch, patch_reason, median)
-
-
-def _volume_view(
-    fingerprint: Fingerprint, divisors: ZYX, wishes: _Wishes, budget: float, on_cpu: bool
-) -> _Geometry:
-    sides = [np.multiply(case.cropped_shape_zyx, case.spacing_zyx_mm) for case in fingerprint.cases]
-    field = [float(side) for side in np.median(sides, axis=0)]
-
-    def shape_at(spacing: SpacingZYX) -> ZYX:
-        z, y, x = (_up(math.ceil(side / s - 1e-6), by) for side, s, by in zip(field, spacing, divisors))
-        return z, y, x
-
-    if wishes.spacing:
-        spacing, reason = wishes.spacing, wishes.spacing_reason
-    elif wishes.shape:
-        z, y, x = (side / size for side, size in zip(field, wishes.shape))
-        spacing, reason = (z, y, x), "the median field of view in that shape"
-    else:
-        spacing, reason = _target_spacing(fingerprint)
-        while math.prod(shape_at(spacing)) > budget and shape_at(spacing) != tuple(divisors):
-            spacing, reason = _coarsened(spacing), ""
-        limit = "a CPU trains the field of view in reasonable time" if on_cpu else "the field of view fits the memory"
-        reason = reason or f"the finest in 3 % steps at which {limit}"
-    field_of_view = " x ".join(f"{side:.0f}" for side in field)
-    shape_reason = wishes.shape_reason if wishes.shape else f"holds the median field of view, {field_of_view} mm"
-    shape, median = wishes.shape or _two_positions(shape_at(spacing), divisors), _median_shape(fingerprint, spacing)
-    return _Geometry(spacing, reason, shape, shape_reason, median)
-
-
-def _batch(geometry: _Geometry, budget: float, cases: int, wishes: _Wishes) -> tuple[int, str]:
-    if wishes.batch is not None:
-        return wishes.batch, "set by the user"
-    voxels = math.prod(geometry.shape)
-    room = int(budget * MIN_BATCH / voxels)
-    share = round(_DATASET_SHARE * cases * math.prod(geometry.median) / voxels)
-    reason = f"at least {MIN_BATCH}; room for {room}; {_DATASET_SHARE:.0%} of all voxels are {share}"
-    return max(MIN_BATCH, min(room, share)), reason
+def _folds(task: Task, fingerprint: Fingerprint, overrides: Overrides) -> tuple[tuple[tuple[str, ...], ...], str]:
+    """Validation case ids of each fold, of the cases that can be used; and why so many."""
+    usable = {case.case_id for case in fingerprint.cases}
+    cases = tuple(case for case in task.cases if case.case_id in usable)
+    folds = patient_folds(dataclasses.replace(task, cases=cases), overrides.folds or _FOLDS)
+    reason = f"min({_FOLDS}, patients)"
+    if overrides.folds:
+        reason = "set by the user" + ("" if len(folds) == overrides.folds else f" to {overrides.folds}; one a patient")
+    reason += "; a patient is never split"
+    return folds, reason + ("" if task.targets is None else "; outcomes spread evenly")
 
 
 def _estimates(
-    geometry: _Geometry, batch: int, costs: Costs, fingerprint: Fingerprint, view: str, memory_gb: float
+    geometry: InputShape, batch: int, costs: Costs, fingerprint: Fingerprint, view: str, machine: Machine
 ) -> tuple[float, float, float, tuple[Decision, ...]]:
     """Memory in GB, minutes to train, seconds a case, and their rows; PlanError when the memory does not suffice."""
     voxels = math.prod(geometry.shape)
-    memory = _rounded(needed_gb(costs, voxels, batch))
+    memory, memory_gb = _rounded(needed_gb(costs, voxels, batch)), machine.memory_gb
     if memory > memory_gb:
         raise PlanError(
-            f"Training on {_shape(geometry.shape)} voxels in batches of {batch} needs about {memory:g} GB, and "
+            f"Training on {shown(geometry.shape)} voxels in batches of {batch} needs about {memory:g} GB, and "
             f"{memory_gb:g} GB were allowed. Allow more memory, or choose a smaller patch, batch or a coarser spacing."
         )
     tiles = 1
     for size, edge in zip(geometry.median, geometry.shape):
         tiles *= math.ceil(max(0, size - edge) / (edge / 2)) + 1 if view == "patch" else 1
     pass_seconds = voxels * costs.macs * 2 / costs.flops
-    original = float(np.median([math.prod(case.shape_zyx) for case in fingerprint.cases]))
+    original = statistics.median(math.prod(case.shape_zyx) for case in fingerprint.cases)
     minutes = _rounded(NOMINAL_STEPS * batch * pass_seconds * TRAINING_PASSES / 60)
     seconds = _rounded(tiles * pass_seconds + original / _READ_VOXELS_PER_SECOND)
     speed = f"{costs.flops / 1e9:.0f} GFLOP/s expected of a {costs.machine}"
     return memory, minutes, seconds, (
+        Decision("machine", f"{'CPU' if machine.on_cpu else 'GPU'}, {memory_gb:g} GB for training", machine.source),
         Decision("memory", f"{memory:g} of {memory_gb:g} GB", f"{costs.elements:.0f} feature maps per input voxel"),
         Decision("training time", f"{minutes:g} min", f"{NOMINAL_STEPS} steps, {speed}"),
         Decision("time per case", f"{seconds:g} s", f"{tiles} input{'s' * (tiles > 1)} and reading"),
@@ -371,24 +228,12 @@ def _data_decisions(
         yield Decision(modality, f"{rule.scheme}, {rule.unit}", source)
 
 
-def _geometry_decisions(geometry: _Geometry, view: str) -> Iterator[Decision]:
+def _geometry_decisions(geometry: InputShape, view: str) -> Iterator[Decision]:
     yield Decision("view", view, _VIEW_REASONS[view])
-    yield Decision("spacing z y x", _mm(geometry.spacing), geometry.spacing_reason)
-    yield Decision("median shape", _shape(geometry.median), "of the cases, cropped to the body, at this spacing")
-    yield Decision("patch" if view == "patch" else "input", _shape(geometry.shape), geometry.shape_reason)
-
-
-def _up(size: int, multiple: int) -> int:
-    return max(1, math.ceil(size / multiple)) * multiple
+    yield Decision("spacing z y x", shown_mm(geometry.spacing), geometry.spacing_reason)
+    yield Decision("median shape", shown(geometry.median), "of the cases, cropped to the body, at this spacing")
+    yield Decision("patch" if view == "patch" else "input", shown(geometry.shape), geometry.shape_reason)
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
-
-
-def _mm(spacing: SpacingZYX) -> str:
-    return " x ".join(f"{value:.2f}" for value in spacing) + " mm"
-
-
-def _shape(shape: ZYX) -> str:
-    return " x ".join(str(size) for size in shape)

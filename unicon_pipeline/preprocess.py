@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from unicon_pipeline.contract import ZYX, FoundationSpec, SpacingZYX
+from unicon_pipeline.budget import Machine
+from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task, is_current
+from unicon_pipeline.input_shape import NO_OVERRIDES, Overrides
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.prepare import prepare_case
@@ -35,8 +37,6 @@ from unicon_pipeline.workers import Failure, Workers, usable_processes
 logger = logging.getLogger(__name__)
 
 _FOREGROUND_SAMPLES = 2000
-_CPU_MEMORY_GB = 2.0  # a CPU's limit is time, not memory
-_GPU_MEMORY_GB = 8.0
 _MEGABYTES_PER_PROCESS = 2500.0  # while nothing is known of the images yet
 # Measured peak of one case, CT+PET of 512 x 512 x 150 to 300: 11 to 13.5 float32 volumes of its larger grid.
 _PEAK_VOLUMES = 13.5
@@ -75,20 +75,17 @@ def plan_and_preprocess(
     task_folder: Path,
     work: Path,
     spec: FoundationSpec,
+    machine: Machine,
     *,
-    memory_gb: float | None = None,
-    on_cpu: bool = True,
+    overrides: Overrides = NO_OVERRIDES,
     processes: int | None = None,
-    spacing_zyx_mm: SpacingZYX | None = None,
-    patch_shape_zyx: ZYX | None = None,
-    batch_size: int | None = None,
 ) -> tuple[DataPlan, dict[str, str]]:
     """Checks, fingerprints, plans and preprocesses a task into `work`/preprocessed/<Task>/.
 
     Args:
-        memory_gb: what training may use; None: 2 GB on a CPU (its limit is time), 8 GB on a GPU.
+        machine: what will train, such as `machine_for("auto")` or `PRESETS["gpu24"]`.
+        overrides: spacing, patch, batch, folds, instead of the planned ones.
         processes: cases at a time; None: by cores and free memory.
-        spacing_zyx_mm, patch_shape_zyx, batch_size: instead of the planned ones.
 
     Returns:
         The plan, and case id -> reason for the cases that could not be used.
@@ -98,10 +95,9 @@ def plan_and_preprocess(
     """
     task = read_task(task_folder)
     folder = Path(work) / "preprocessed" / task.name
-    memory_gb = memory_gb or (_CPU_MEMORY_GB if on_cpu else _GPU_MEMORY_GB)
     with folder_lock(folder), Workers(processes or usable_processes(_MEGABYTES_PER_PROCESS)) as workers:
         fingerprint = _fingerprint(task, spec.input.orientation, workers, folder / "fingerprint.json")
-        plan = plan_task(task, fingerprint, spec, memory_gb, on_cpu, spacing_zyx_mm, patch_shape_zyx, batch_size)
+        plan = plan_task(task, fingerprint, spec, machine, overrides)
         write_record(folder / "plan.json", plan)
         unusable = set(fingerprint.failed)
         usable = tuple(case for case in task.cases if case.case_id not in unusable)

@@ -27,6 +27,7 @@ from unicon_pipeline.heads import Features, PooledLinearHead
 from unicon_pipeline.levels import skip_levels
 from unicon_pipeline.loader import VolumeLoader, usual_workers
 from unicon_pipeline.losses import MultiLabelLoss
+from unicon_pipeline.machine import machine_for
 from unicon_pipeline.metrics import area_under_curve, bootstrap_statistic
 from unicon_pipeline.model_folder import create_model
 from unicon_pipeline.plan import DataPlan
@@ -62,7 +63,7 @@ def pretrain(
     findings, targets = finding_targets(task)
     chosen = choose_device(device)
     spec = new_residual_encoder_spec(licence, {})
-    plan, failed = plan_and_preprocess(task_folder, work, spec, on_cpu=chosen.type == "cpu")
+    plan, failed = plan_and_preprocess(task_folder, work, spec, machine_for(device))
     for case_id, reason in failed.items():
         logger.error("case %s failed: %s", case_id, reason)
     torch.manual_seed(seed)

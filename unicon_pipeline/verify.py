@@ -13,7 +13,8 @@ from torch import Tensor
 from unicon_pipeline.device import machine_facts
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.model import TaskModel
-from unicon_pipeline.model_folder import CHAIN_FILE, ModelFolder, file_problem
+from unicon_pipeline.model_folder import ModelFolder
+from unicon_pipeline.model_record import CHAIN_FILE, file_problem
 from unicon_pipeline.native import NativeModel
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import canonical_json, read_json

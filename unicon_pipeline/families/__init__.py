@@ -15,7 +15,8 @@ from typing import TypeVar
 from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.errors import CheckpointError, UniconError
 from unicon_pipeline.foundation import FOUNDATIONS, Foundation
-from unicon_pipeline.native import NATIVES, NativeModel, NativePlan
+from unicon_pipeline.model_record import NativePlan
+from unicon_pipeline.native import NATIVES, NativeModel
 
 Part = TypeVar("Part")
 

@@ -23,8 +23,8 @@ from unicon_pipeline.families.dna_encoders import dna_encoder_kwargs, total_stri
 from unicon_pipeline.families.nnunet_plans import Configuration, read_configuration
 from unicon_pipeline.foundation import FOUNDATIONS, Foundation, declare, freeze
 from unicon_pipeline.imported import Imported, ImportOptions, NativeTask
-from unicon_pipeline.model_folder import TaskPlan
-from unicon_pipeline.native import NATIVES, NativeModel, NativePlan
+from unicon_pipeline.model_record import NativePlan, TaskPlan
+from unicon_pipeline.native import NATIVES, NativeModel
 from unicon_pipeline.weights import take_state
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from unicon_pipeline.families import ctvit
 from unicon_pipeline.families.ctvit import ctclip_tensors, recognises
 from unicon_pipeline.foundation import Foundation
 from unicon_pipeline.imported import Imported, ImportOptions, NativeTask, plan_as_trained
-from unicon_pipeline.model_folder import TaskPlan
-from unicon_pipeline.native import NATIVES, NativeModel, NativePlan
+from unicon_pipeline.model_record import NativePlan, TaskPlan
+from unicon_pipeline.native import NATIVES, NativeModel
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import from_dict, read_json
 from unicon_pipeline.weights import load_exactly
