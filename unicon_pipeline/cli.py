@@ -26,6 +26,7 @@ from unicon_pipeline.command_line import (
     show_json,
     task_option,
     work_option,
+    workers_options,
 )
 from unicon_pipeline.contract import NOT_STATED
 from unicon_pipeline.errors import UniconError
@@ -139,8 +140,7 @@ def main_plan_and_preprocess(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=("cpu", "gpu8", "gpu24", "gpu80"), help=preset_help)
     memory_help = "what training may use (default: a GPU's memory, or 2 GB on a CPU, whose limit is time)"
     parser.add_argument("--memory-gb", type=positive_float, metavar="GB", help=memory_help)
-    processes_help = "cases at a time (default: by machine)"
-    parser.add_argument("--processes", type=positive_int, metavar="N", help=processes_help)
+    workers_options(parser, "as many as fit the cores and the free memory")
     axes = {"nargs": 3, "metavar": ("Z", "Y", "X")}
     parser.add_argument("--spacing", type=positive_float, help="voxel size in mm, instead of the planned one", **axes)
     parser.add_argument("--patch", type=positive_int, help="input shape in voxels, instead of the planned one", **axes)
@@ -175,6 +175,7 @@ def _plan_and_preprocess(options: Namespace) -> int:
                 machine,
                 overrides=overrides,
                 processes=options.processes,
+                dask=options.dask,
             )
         except UniconError as problem:  # one task's fault must not cost the others
             logger.error("%s: %s", folder.name, problem, exc_info=options.debug)
@@ -232,22 +233,26 @@ def main_predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--task", nargs="+", metavar="TASK", help="only these tasks of the model (default: all)")
     parser.add_argument("--save-probabilities", action="store_true", help="also write each output's probability map")
     parser.add_argument("--tta", action="store_true", help="average over mirrored inputs: slower, slightly better")
+    workers_options(parser, "1, which uses all cores")
     return run(parser, _predict, argv)
 
 
 def _predict(options: Namespace) -> int:
+    from unicon_pipeline.dask_cluster import open_workers
     from unicon_pipeline.predict import predict_folder
 
-    report = predict_folder(
-        options.input,
-        options.out,
-        options.model,
-        tasks=options.task,
-        device=options.device,
-        precision=options.precision,
-        save_probabilities=options.save_probabilities,
-        tta=options.tta,
-    )
+    with open_workers(options.processes or 1, options.dask) as workers:
+        report = predict_folder(
+            options.input,
+            options.out,
+            options.model,
+            tasks=options.task,
+            device=options.device,
+            precision=options.precision,
+            save_probabilities=options.save_probabilities,
+            tta=options.tta,
+            workers=workers,
+        )
     show(report.summary())
     return report.exit_code
 

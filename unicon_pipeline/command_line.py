@@ -82,6 +82,13 @@ def budget_options(parser: ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive_int, metavar="N", help="train for at most this many epochs")
 
 
+def workers_options(parser: ArgumentParser, default: str) -> None:
+    """`--processes` and `--dask`."""
+    parser.add_argument("--processes", type=positive_int, metavar="N", help=f"cases at a time (default: {default})")
+    dask_help = "address of a Dask scheduler (tcp://host:8786) whose workers, on the same folders, do the work"
+    parser.add_argument("--dask", metavar="ADDRESS", help=dask_help)
+
+
 def json_option(parser: ArgumentParser) -> None:
     """`--json`."""
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")

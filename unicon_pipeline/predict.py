@@ -7,11 +7,15 @@ before the case is tried, so that a failure cannot look like a result.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import logging
 import re
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,27 +30,17 @@ from unicon_pipeline.geometry import Volume, write_image, write_labels
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder, TaskPlan
 from unicon_pipeline.plan import DataPlan
+from unicon_pipeline.prediction_run import Arithmetic, CaseRun, RunReport, TaskRun
 from unicon_pipeline.prepare import PreparedCase, prepare_case
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import write_record
 from unicon_pipeline.sliding_window import sliding_window_logits, whole_logits
 from unicon_pipeline.tables import write_table
+from unicon_pipeline.workers import Failure, Workers
 
 logger = logging.getLogger(__name__)
 
 _NOTHING_FOUND = "nothing was found; if that surprises, check orientation, units (HU, SUV) and field of view"
-
-DONE, SOME_FAILED, NOTHING_DONE = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class TaskRun:
-    """One task on one case. `modalities`: those that were used. `warnings`: what a person should look at."""
-
-    task: str
-    modalities: tuple[str, ...]
-    seconds: float
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,44 +54,24 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
-class CaseRun:
-    """One case. `skipped`: task -> why it could not use this input. `failure`: the reason, or None."""
+class _How:
+    """What a prediction is asked for, as the command line has it. `head`: digest of the model that is meant."""
 
-    case_id: str
-    modalities: tuple[str, ...]
-    done: tuple[TaskRun, ...]
-    skipped: dict[str, str]
-    failure: str | None
+    head: str
+    tasks: tuple[str, ...]
+    device: str
+    precision: str
+    tta: bool
+    save_probabilities: bool
 
 
 @dataclass(frozen=True)
-class RunReport:
-    """`run.json`. `model` is the digest of the whole model, so of everything that decides a result."""
+class _Outcome:
+    """A case's run; task -> output -> score of the tasks that judge a whole case; None: no predictor was there."""
 
-    model: str
-    tasks: tuple[str, ...]
-    cases: tuple[CaseRun, ...]
-    precision: str
-    tta: bool
-    machine: dict[str, str | int | bool]
-    versions: dict[str, str]
-    schema_version: int = 1
-
-    @property
-    def exit_code(self) -> int:
-        """0: all done; 1: some cases failed; 2: nothing could be done."""
-        if not any(case.done for case in self.cases):
-            return NOTHING_DONE
-        return SOME_FAILED if any(case.failure for case in self.cases) else DONE
-
-    def summary(self) -> str:
-        """One line per failure, then one for the run."""
-        failed = [case for case in self.cases if case.failure]
-        lines = [f"{case.case_id} FAILED: {case.failure}" for case in failed]
-        seconds = sum(run.seconds for case in self.cases for run in case.done)
-        results = sum(len(case.done) for case in self.cases)
-        lines.append(f"{results} results from {len(self.cases)} cases in {seconds:.1f} s; {len(failed)} cases failed.")
-        return "\n".join(lines)
+    run: CaseRun
+    scores: dict[str, dict[str, float]]
+    arithmetic: Arithmetic | None
 
 
 def predict_folder(
@@ -110,49 +84,87 @@ def predict_folder(
     precision: str = "auto",
     save_probabilities: bool = False,
     tta: bool = False,
+    workers: Workers | None = None,
 ) -> RunReport:
     """Predicts a folder of images (or one image file) and writes `OUT/<Task>/` and `OUT/run.json`.
+
+    Args:
+        workers: what predicts, each of its processes with a model of its own; None: this process, case by case.
 
     Raises:
         CheckpointError: no sound model, or a wanted task is not in it.
         PredictionError, DatasetError: no case could be found, or what the channels are is ambiguous.
     """
-    folder = ModelFolder(model)
-    predictor = Predictor(folder, tasks, device, precision, tta)
-    cases = prediction_cases(Path(source), predictor.channel_names())
-    runs, writer = [], _Writer(Path(out), predictor, save_probabilities)
-    for case in progress_bar(cases, "predict", lambda case: case.case_id, len(cases)):
-        runs.append(_run_case(predictor, case, writer))
-        if runs[-1].failure:
-            logger.error("%s failed: %s", case.case_id, runs[-1].failure)
+    folder, out, workers = ModelFolder(model), Path(out), workers or Workers()
+    wanted = WantedTasks(folder, tasks)
+    how = _How(folder.head, wanted.tasks, device, precision, tta, save_probabilities)
+    try:
+        if workers.in_process:
+            _predictor(folder.path, how)  # what is wrong with the model is wrong for all cases
+        cases = prediction_cases(Path(source), wanted.channel_names())
+        outcomes = _predict_cases(cases, folder.path, how, _Output(out, wanted.plans), workers)
+    finally:
+        _load.cache_clear()
+    arithmetic = _distinct([outcome.arithmetic for outcome in outcomes]) or [Arithmetic("unknown", {})]
+    if len(arithmetic) > 1:
+        logger.warning("The cases were predicted on machines that differ; last digits may. OUT/run.json says how.")
     report = RunReport(
         model=folder.head,
-        tasks=predictor.tasks,
-        cases=tuple(runs),
-        precision=str(predictor.precision).removeprefix("torch."),
+        tasks=wanted.tasks,
+        cases=tuple(outcome.run for outcome in outcomes),
+        precision=arithmetic[0].precision,
         tta=tta,
-        machine=machine_facts(predictor.device),
+        machine=arithmetic[0].machine,
         versions={name: version(name) for name in ("unicon-pipeline", "torch", "numpy", "SimpleITK")},
+        other_machines=tuple(arithmetic[1:]),
     )
-    write_record(Path(out) / "run.json", report)
+    write_record(out / "run.json", report)
     return report
 
 
-class Predictor:
-    """The wanted tasks of a model, loaded once and ready for any number of cases."""
+def _predict_cases(cases: Sequence[Case], model: Path, how: _How, output: _Output, workers: Workers) -> list[_Outcome]:
+    """The outcomes in the order of the cases; their files and tables are written."""
+    outcomes: dict[str, _Outcome] = {}
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    output.remove_tables()
+    with closing(workers.each(_predict_case, cases, model, how, output.folder)) as done:
+        for case, outcome in progress_bar(done, "predict", lambda pair: pair[0].case_id, len(cases)):
+            if isinstance(outcome, Failure):
+                output.clear(case.case_id, half_written=True)
+                outcome = _Outcome(CaseRun(case.case_id, tuple(case.images), (), {}, str(outcome)), {}, None)
+            outcomes[case.case_id] = outcome
+            _log(outcome.run)
+            for task, of_case in outcome.scores.items():
+                rows = scores.setdefault(task, {})
+                rows[case.case_id] = of_case
+                output.write_table(task, {one.case_id: rows[one.case_id] for one in cases if one.case_id in rows})
+    return [outcomes[case.case_id] for case in cases]
 
-    def __init__(
-        self, folder: ModelFolder, tasks: Sequence[str] | None, device: str, precision: str, tta: bool
-    ):
+
+def _log(run: CaseRun) -> None:
+    for task, reason in run.skipped.items():
+        logger.info("%s: %s is skipped: it %s", run.case_id, task, reason)
+    for task_run in run.done:
+        for warning in task_run.warnings:
+            logger.warning("%s, %s: %s", run.case_id, task_run.task, warning)
+    if run.failure:
+        logger.error("%s failed: %s", run.case_id, run.failure)
+
+
+def _distinct(values: list[Arithmetic | None]) -> list[Arithmetic]:
+    known = [value for value in values if value is not None]
+    return [value for index, value in enumerate(known) if value not in known[:index]]
+
+
+class WantedTasks:
+    """The wanted tasks of a model, and what they say of their input."""
+
+    def __init__(self, folder: ModelFolder, tasks: Sequence[str] | None):
         self.tasks = tuple(dict.fromkeys(tasks)) if tasks else folder.tasks
         if not self.tasks:
             raise CheckpointError(f"{folder.path} has no task yet. Add one with unicon_extend.")
-        self.device = choose_device(device)
-        self.precision, self.tta = choose_precision(precision, self.device), tta
         self._task_plans: dict[str, TaskPlan] = {task: folder.task_plan(task) for task in self.tasks}
         self.plans: dict[str, DataPlan] = {task: plan.data for task, plan in self._task_plans.items()}
-        foundation = folder.foundation()
-        self._models = {task: folder.task_model(task, foundation).merged().to(self.device) for task in self.tasks}
 
     def channel_names(self) -> dict[int, str]:
         """Channel number -> modality, as the tasks agree on it.
@@ -178,6 +190,21 @@ class Predictor:
         if (all if native else any)(name in modalities for name in wanted):
             return None
         return f"needs {(' and ' if native else ' or ').join(wanted)}, the case has {', '.join(modalities)}"
+
+
+class Predictor(WantedTasks):
+    """The wanted tasks of a model, loaded once and ready for any number of cases."""
+
+    def __init__(self, folder: ModelFolder, tasks: Sequence[str] | None, device: str, precision: str, tta: bool):
+        super().__init__(folder, tasks)
+        self.device = choose_device(device)
+        self.precision, self.tta = choose_precision(precision, self.device), tta
+        foundation = folder.foundation()
+        self._models = {task: folder.task_model(task, foundation).merged().to(self.device) for task in self.tasks}
+
+    def arithmetic(self) -> Arithmetic:
+        """What decides the bits of its results, besides the model."""
+        return Arithmetic(str(self.precision).removeprefix("torch."), machine_facts(self.device))
 
     def predict(self, task: str, images: dict[str, Volume], with_probabilities: bool = False) -> TaskResult:
         """One task on one case.
@@ -219,56 +246,83 @@ class Predictor:
         )
 
 
-class _Writer:
+class _Output:
     """`OUT/<Task>/`: label maps and probability maps per case, or one `predictions.csv` that grows case by case."""
 
-    def __init__(self, out: Path, predictor: Predictor, save_probabilities: bool):
-        self.out, self.plans, self.save_probabilities = out, predictor.plans, save_probabilities
-        self._rows: dict[str, dict[str, list[float]]] = {}
-        for task, plan in self.plans.items():
+    def __init__(self, folder: Path, plans: dict[str, DataPlan]):
+        self.folder, self._plans = folder, plans
+
+    def clear(self, case_id: str, half_written: bool = False) -> None:
+        """Removes what an earlier run left for a case, and on demand what a killed process had half written."""
+        for task, plan in self._plans.items():
+            if plan.labels is None:
+                continue
+            for path in _outputs(self.folder / task, case_id, plan):
+                path.unlink(missing_ok=True)
+                if half_written:
+                    for aside in path.parent.glob(f".*.partial.{glob.escape(path.name)}"):
+                        aside.unlink(missing_ok=True)
+
+    def write(self, task: str, case_id: str, result: TaskResult) -> None:
+        """A case's label map and its probability maps."""
+        for name, volume in result.probabilities.items():
+            write_image(_probability_path(self.folder / task, case_id, name), volume.array_zyx, volume.grid)
+        write_labels(self.folder / task / f"{case_id}.nii.gz", result.labels.array_zyx, result.labels.grid)
+
+    def remove_tables(self) -> None:
+        """Removes an earlier run's."""
+        for task, plan in self._plans.items():
             if plan.labels is None:
                 self._table(task).unlink(missing_ok=True)
 
-    def clear(self, case_id: str) -> None:
-        """Removes what an earlier run left for a case."""
-        for task, plan in self.plans.items():
-            if plan.labels is not None:
-                for path in _outputs(self.out / task, case_id, plan):
-                    path.unlink(missing_ok=True)
-
-    def write(self, task: str, case_id: str, result: TaskResult) -> None:
-        if result.labels is None:
-            rows = self._rows.setdefault(task, {})
-            rows[case_id] = [round(score, 6) for score in result.scores.values()]
-            write_table(self._table(task), tuple(result.scores), rows)
-            return
-        for name, volume in result.probabilities.items():
-            write_image(_probability_path(self.out / task, case_id, name), volume.array_zyx, volume.grid)
-        write_labels(self.out / task / f"{case_id}.nii.gz", result.labels.array_zyx, result.labels.grid)
+    def write_table(self, task: str, scores: dict[str, dict[str, float]]) -> None:
+        """The whole table as it now is: case -> output -> score."""
+        columns = next(iter(scores.values()))
+        rows = {case_id: [round(of[name], 6) for name in columns] for case_id, of in scores.items()}
+        write_table(self._table(task), tuple(columns), rows)
 
     def _table(self, task: str) -> Path:
-        return self.out / task / "predictions.csv"
+        return self.folder / task / "predictions.csv"
 
 
-def _run_case(predictor: Predictor, case: Case, writer: _Writer) -> CaseRun:
+_LOADING = threading.Lock()  # else two threads of a Dask worker would each load the model
+
+
+def _predictor(model: Path, how: _How) -> Predictor:
+    with _LOADING:
+        return _load(model, how)
+
+
+@lru_cache(maxsize=1)
+def _load(model: Path, how: _How) -> Predictor:
+    folder = ModelFolder(model)
+    if folder.head != how.head:
+        raise CheckpointError(f"{model} is not the model that this run began with: it was extended. Run again.")
+    return Predictor(folder, how.tasks, how.device, how.precision, how.tta)
+
+
+def _predict_case(case: Case, model: Path, how: _How, out: Path) -> _Outcome:
+    """Worker: one case, with its files written."""
+    predictor = _predictor(model, how)
+    output, scores = _Output(out, predictor.plans), {}
     run = CaseRun(case.case_id, tuple(case.images), (), {}, None)
-    writer.clear(case.case_id)
+    output.clear(case.case_id)
     try:
         images = read_in_units(case)
         for task in predictor.tasks:
             if reason := predictor.unusable(task, case.images):
                 run = dataclasses.replace(run, skipped={**run.skipped, task: reason})
-                logger.info("%s: %s is skipped: it %s", case.case_id, task, reason)
                 continue
-            result = predictor.predict(task, images, writer.save_probabilities)
-            writer.write(task, case.case_id, result)
-            for warning in result.run.warnings:
-                logger.warning("%s, %s: %s", case.case_id, task, warning)
+            result = predictor.predict(task, images, how.save_probabilities)
+            if result.labels is None:
+                scores[task] = result.scores
+            else:
+                output.write(task, case.case_id, result)
             run = dataclasses.replace(run, done=(*run.done, result.run))
     except (UniconError, OSError, RuntimeError, MemoryError) as problem:
         logger.debug("%s", case.case_id, exc_info=True)
-        return dataclasses.replace(run, failure=str(problem) or type(problem).__name__)
-    return run
+        run = dataclasses.replace(run, failure=str(problem) or type(problem).__name__)
+    return _Outcome(run, scores, predictor.arithmetic())
 
 
 def _outputs(folder: Path, case_id: str, plan: DataPlan) -> list[Path]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from unicon_pipeline.budget import Machine
 from unicon_pipeline.contract import FoundationSpec
+from unicon_pipeline.dask_cluster import open_workers
 from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task, is_current
@@ -79,6 +80,7 @@ def plan_and_preprocess(
     *,
     overrides: Overrides = NO_OVERRIDES,
     processes: int | None = None,
+    dask: str | None = None,
 ) -> tuple[DataPlan, dict[str, str]]:
     """Checks, fingerprints, plans and preprocesses a task into `work`/preprocessed/<Task>/.
 
@@ -86,6 +88,7 @@ def plan_and_preprocess(
         machine: what will train, such as `machine_for("auto")` or `PRESETS["gpu24"]`.
         overrides: spacing, patch, batch, folds, instead of the planned ones.
         processes: cases at a time; None: by cores and free memory.
+        dask: address of a Dask scheduler, whose workers see the same folders and do the work.
 
     Returns:
         The plan, and case id -> reason for the cases that could not be used.
@@ -95,13 +98,14 @@ def plan_and_preprocess(
     """
     task = read_task(task_folder)
     folder = Path(work) / "preprocessed" / task.name
-    with folder_lock(folder), Workers(processes or usable_processes(_MEGABYTES_PER_PROCESS)) as workers:
+    local = processes or usable_processes(_MEGABYTES_PER_PROCESS)
+    with folder_lock(folder), open_workers(local, dask) as workers:
         fingerprint = _fingerprint(task, spec.input.orientation, workers, folder / "fingerprint.json")
         plan = plan_task(task, fingerprint, spec, machine, overrides)
         write_record(folder / "plan.json", plan)
         unusable = set(fingerprint.failed)
         usable = tuple(case for case in task.cases if case.case_id not in unusable)
-        at_most = processes or usable_processes(_peak_megabytes(fingerprint, plan))
+        at_most = processes or (usable_processes(_peak_megabytes(fingerprint, plan)) if workers.local else None)
         failed = preprocess_task(dataclasses.replace(task, cases=usable), plan, folder / "cases", workers, at_most)
     return plan, {**fingerprint.failed, **failed}
 

@@ -8,9 +8,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -24,11 +33,14 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-_KILLED = "its process was killed, most likely for lack of memory; use fewer processes, or leave the case out"
+_KILLED = (
+    "its process was killed, most likely for lack of memory; give each process more of it by fewer at a time, "
+    "or leave the case out"
+)
 _NO_MEMORY = "there is not enough memory for it; use fewer processes, or leave the case out"
 
 
-_WAS_KILLED = object()
+WAS_KILLED = object()  # instead of an outcome
 
 
 class Failure(str):
@@ -39,13 +51,21 @@ class Workers:
     """Processes that work on cases side by side, and stay from one round of work to the next.
 
     Used as a context: leaving it ends the processes, at once where it is left early (Ctrl-C, an error). They do not
-    outlive this process however it ends.
+    outlive this process however it ends. With an executor of someone else's, its processes or threads do the work,
+    and are its owner's to end.
     """
 
-    def __init__(self, processes: int = 1):
-        """`processes`: how many at most; 1 works in this process."""
+    def __init__(self, processes: int = 1, executor: Executor | None = None):
+        """`processes`: how many at most; 1 works in this process. `executor`: what does the work instead."""
         self.processes = processes
+        self.local = executor is None
+        self._executor = executor
         self._idle: list[_Worker] = []
+
+    @property
+    def in_process(self) -> bool:
+        """Whether all work is done in this process."""
+        return self.local and self.processes == 1
 
     def __enter__(self) -> Workers:
         return self
@@ -64,27 +84,37 @@ class Workers:
         it; the others go on. `function` must live in a module, not in a script.
 
         Args:
-            at_most: so many at a time, where that is fewer than there are processes.
+            at_most: so many at a time, where that is fewer than there are processes; an executor is otherwise given
+                everything at once.
+
+        Raises:
+            UniconError: the executor broke, as a process pool of someone else's does when one of it is killed.
         """
-        processes = min(self.processes, at_most or self.processes, len(items))
-        if processes <= 1:
-            for item in items:
-                yield item, _attempt(function, item, shared)
-            return
+        at_once = min(at_most or len(items), len(items))
+        if self.local:
+            at_once = min(at_once, self.processes)
+            if at_once <= 1:
+                for item in items:
+                    yield item, attempt(function, item, shared)
+                return
         killed = []
-        for item, outcome in self._side_by_side(function, items, processes, shared):
-            if outcome is _WAS_KILLED:
-                logger.warning("The process that worked on %s was killed; trying again at the end, alone.", _name(item))
+        for item, outcome in self._side_by_side(function, items, at_once, shared):
+            if outcome is WAS_KILLED:
+                logger.warning("The process that worked on %s was killed; it is tried again at the end.", name_of(item))
                 killed.append(item)
             else:
                 yield item, outcome
         for item in killed:
             for _, outcome in self._side_by_side(function, [item], 1, shared):
-                yield item, Failure(_KILLED) if outcome is _WAS_KILLED else outcome
+                yield item, Failure(_KILLED) if outcome is WAS_KILLED else outcome
 
     def _side_by_side(
-        self, function: Callable, items: Sequence[Item], processes: int, shared: tuple
+        self, function: Callable, items: Sequence[Item], at_once: int, shared: tuple
     ) -> Iterator[tuple[Item, object]]:
+        """Yields (item, outcome or WAS_KILLED)."""
+        if self._executor is not None:
+            yield from self._through(self._executor, function, items, at_once, shared)
+            return
         waiting = list(reversed(items))
         running: dict[Future, tuple[_Worker, Item]] = {}
 
@@ -93,14 +123,14 @@ class Workers:
             running[worker.submit(function, item, shared)] = worker, item
 
         try:
-            for _ in range(processes):
+            for _ in range(at_once):
                 start(self._idle.pop() if self._idle else _Worker())
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     worker, item = running.pop(future)
                     dead = isinstance(future.exception(), BrokenProcessPool)
-                    outcome = _WAS_KILLED if dead else future.result()
+                    outcome = WAS_KILLED if dead else future.result()
                     if dead:
                         worker.end()
                     if waiting:
@@ -111,6 +141,33 @@ class Workers:
         finally:
             for worker, _ in running.values():
                 worker.end()
+
+    def _through(
+        self, executor: Executor, function: Callable, items: Sequence[Item], at_once: int, shared: tuple
+    ) -> Iterator[tuple[Item, object]]:
+        waiting = iter(items)
+        running: dict[Future, Item] = {}
+
+        def start(number: int) -> None:
+            running.update((executor.submit(attempt, function, item, shared), item) for item in islice(waiting, number))
+
+        try:
+            start(at_once)
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    item = running.pop(future)
+                    outcome = future.result()
+                    start(1)
+                    yield item, outcome
+        except (BrokenExecutor, CancelledError) as problem:
+            raise UniconError(
+                f"The {type(executor).__name__} that works on the cases has ended before they were done: "
+                f"{problem or 'they were cancelled'}. A case may need more memory; run again, what is done is kept."
+            ) from problem
+        finally:
+            for future in running:
+                future.cancel()
 
 
 class _Worker:
@@ -127,7 +184,7 @@ class _Worker:
 
     def submit(self, function: Callable, item: object, shared: tuple) -> Future:
         with _script_left_alone():
-            return self._pool.submit(_attempt, function, item, shared)
+            return self._pool.submit(attempt, function, item, shared)
 
     def end(self) -> None:
         self._ours.close()
@@ -167,7 +224,8 @@ def _free_megabytes() -> float | None:
         return None
 
 
-def _attempt(function: Callable, item: object, shared: tuple) -> object:
+def attempt(function: Callable, item: object, shared: tuple) -> object:
+    """`function(item, *shared)`, or its `Failure`."""
     try:
         return function(item, *shared)
     except (UniconError, OSError) as problem:
@@ -176,7 +234,8 @@ def _attempt(function: Callable, item: object, shared: tuple) -> object:
         return Failure(_NO_MEMORY)
 
 
-def _name(item: object) -> object:
+def name_of(item: object) -> object:
+    """What messages call an item."""
     return getattr(item, "case_id", item)
 
 
