@@ -24,7 +24,8 @@ from unicon_pipeline.info import describe, format_description
 from unicon_pipeline.input_shape import Overrides
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder
-from unicon_pipeline.predict import Predictor, predict_folder
+from unicon_pipeline.predict import predict_folder
+from unicon_pipeline.predictor import Options, Predictor
 from unicon_pipeline.prepare import prepare_case
 from unicon_pipeline.preprocess import plan_and_preprocess
 from unicon_pipeline.verify import verify
@@ -61,11 +62,11 @@ def models(trained, tmp_path_factory):
 def test_input_logits_and_labels_are_nnunets(name, oracle, models, tmp_path):
     expected = np.load(oracle / "expected" / f"{name}.npz")
     (case,) = prediction_cases(oracle / "images" / name, dict(enumerate(MODALITIES[name])))
-    predictor = Predictor(ModelFolder(models[name]), None, "cpu", "fp32", tta=True)
+    predictor = Predictor(ModelFolder(models[name]), None, Options("cpu", "fp32", tta=True))
     prepared = prepare_case(read_in_units(case), predictor.plans[name])
     assert prepared.array_czyx.shape == expected["array"].shape
     np.testing.assert_allclose(prepared.array_czyx, expected["array"], atol=1e-4)
-    logits = predictor._logits(name, prepared).numpy()
+    logits = torch.cat([slab.maps_kzyx for slab in predictor.slabs(name, prepared)], dim=1).numpy()
     assert np.abs(logits - expected["logits"]).max() < 1e-3
     report = predict_folder(oracle / "images" / name, tmp_path, models[name], device="cpu", precision="fp32", tta=True)
     assert report.exit_code == 0
@@ -98,7 +99,7 @@ def test_an_imported_model_is_intact_and_says_what_it_is(name, models):
 
 
 def test_a_task_that_came_along_needs_all_its_modalities(models):
-    predictor = Predictor(ModelFolder(models["Dataset902_Residual"]), None, "cpu", "fp32", tta=False)
+    predictor = Predictor(ModelFolder(models["Dataset902_Residual"]), None, Options("cpu", "fp32"))
     assert predictor.unusable("Dataset902_Residual", ["CT"]) == "needs CT and PET, the case has CT"
     assert predictor.unusable("Dataset902_Residual", ["CT", "PET"]) is None
 

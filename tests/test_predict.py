@@ -1,6 +1,5 @@
 """Prediction: the input's grid, any allowed modalities, old tasks bit for bit, one bad case costs itself only."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from unicon_pipeline.dataset import Case
 from unicon_pipeline.errors import CheckpointError, PredictionError
 from unicon_pipeline.geometry import read_image
-from unicon_pipeline.model_folder import ModelFolder
-from unicon_pipeline.predict import Predictor, TaskResult, predict_folder
-from unicon_pipeline.prediction_run import Arithmetic, TaskRun
+from unicon_pipeline.predict import predict_folder
+from unicon_pipeline.prediction_run import Arithmetic, CaseRun, RunRecord, RunReport, TaskRun
+from unicon_pipeline.predictor import Options, Predictor, TaskResult, WantedTasks
+from unicon_pipeline.records import read_record
 from unicon_pipeline.workers import Failure, Workers
 
 predict_module = sys.modules["unicon_pipeline.predict"]  # the package's attribute of that name is callable
@@ -135,7 +134,7 @@ def test_mirroring_is_done_and_recorded(grown, after, tmp_path):
     report = predict_folder(
         source, tmp_path, grown.model, tasks=["CT"], device="cpu", precision="fp32", tta=True, save_probabilities=True
     )
-    assert report.tta
+    assert report.asked["tta"]
     name = "probabilities/phantom_0003_lesion.nii.gz"
     one, other = read_image(out / "CT" / name).array_zyx, read_image(tmp_path / "CT" / name).array_zyx
     assert np.abs(one - other).max() > 0
@@ -168,24 +167,28 @@ def test_processes_side_by_side_give_the_same_files(grown, after, tmp_path, capl
     assert [case.case_id for case in side_by_side.cases] == ["broken", "pet", *(case.case_id for case in report.cases)]
     assert (side_by_side.precision, side_by_side.machine) == (report.precision, report.machine)
     assert side_by_side.other_machines == ()
-    expected = {path: content for path, content in contents(out).items() if path.name != "run.json"}
+    expected = {path: content for path, content in contents(out).items() if path.suffix == ".gz"}
     found = contents(tmp_path / "out")
     assert len(expected) == 18 and {path: found[path] for path in expected} == expected
     for message in ("broken failed: ", "pet: CT is skipped: it needs CT, the case has PET"):
         assert message in caplog.text
 
 
-class StandIn:
+class StandIn(WantedTasks):
     """Two tasks that judge a whole case, without a network."""
 
     tasks = ("A", "B")
     plans = {task: SimpleNamespace(labels=None) for task in tasks}
 
+    def __init__(self):
+        pass
+
     def unusable(self, task, modalities):
         return "does not want it" if (task, modalities.keys()) == ("B", {"PET"}) else None
 
-    def predict(self, task, images, with_probabilities):
-        return TaskResult(TaskRun(task, ("CT",), 0.0, ()), scores={"x": 1 / 3, "y": 1.0})
+    def predict(self, images, tasks, probabilities_in):
+        for task in tasks:
+            yield TaskResult(TaskRun(task, ("CT",), 0.0, ()), scores={"x": 1 / 3, "y": 1.0})
 
     def arithmetic(self):
         return Arithmetic("float32", {"device": "cpu"})
@@ -194,6 +197,8 @@ class StandIn:
 class Backwards(Workers):
     """Ends the cases last to first, and is killed at the last."""
 
+    in_process = False
+
     def each(self, function, items, *shared, at_most=None):
         yield items[-1], Failure("its process was killed")
         for item in reversed(items[:-1]):
@@ -201,16 +206,18 @@ class Backwards(Workers):
 
 
 def test_tables_and_reports_are_in_the_order_of_the_cases_whatever_ends_first(grown, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict_module, "_predictor", lambda model, how: StandIn())
+    monkeypatch.setattr(predict_module, "_predictor", lambda job: StandIn())
+    monkeypatch.setattr(predict_module, "WantedTasks", lambda folder, tasks: StandIn())
+    monkeypatch.setattr(StandIn, "channel_names", lambda self: {0: "CT", 1: "PET"})
     ct, pet = sorted((grown.raw("CTPET") / "imagesTr").iterdir())[:2]
-    cases = [Case(f"case{i}", {"PET": pet} if i == 2 else {"CT": ct}, None, f"case{i}") for i in range(4)]
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        shutil.copy(pet if number == 2 else ct, tmp_path / "in" / f"case{number}_{int(number == 2):04d}.nii.gz")
     (tmp_path / "B").mkdir()
     (tmp_path / "B" / "predictions.csv").write_text("from an earlier run")
-    output = predict_module._Output(tmp_path, StandIn.plans)
-    how = predict_module._How("", StandIn.tasks, "cpu", "fp32", False, False)
-    outcomes = predict_module._predict_cases(cases, tmp_path, how, output, Backwards())
-    assert [outcome.run.case_id for outcome in outcomes] == ["case0", "case1", "case2", "case3"]
-    assert outcomes[3].run.failure == "its process was killed" and outcomes[3].run.done == ()
+    report = predict_folder(tmp_path / "in", tmp_path, grown.model, workers=Backwards())
+    assert [case.case_id for case in report.cases] == ["case0", "case1", "case2", "case3"]
+    assert report.cases[3].failure == "its process was killed" and report.cases[3].done == ()
     tables = {task: (tmp_path / task / "predictions.csv").read_text().splitlines() for task in "AB"}
     assert tables["A"] == ["case_id,x,y", *(f"case{i},0.333333,1.0" for i in range(3))]
     assert tables["B"] == ["case_id,x,y", *(f"case{i},0.333333,1.0" for i in range(2))]
@@ -228,18 +235,63 @@ def test_nothing_of_a_case_is_left_where_its_process_was_killed(tmp_path):
     assert left == [".12.partial.ba.nii.gz", "ba.nii.gz"]
 
 
-def test_machines_that_differ_are_recorded():
-    one, other = Arithmetic("float32", {"threads": 1}), Arithmetic("float32", {"threads": 2})
-    assert predict_module._distinct([None, one, other, None, one]) == [one, other]
-
-
 def test_a_model_that_was_extended_meanwhile_is_refused(grown):
-    how = predict_module._How("another", ("CT",), "cpu", "fp32", False, False)
     with pytest.raises(CheckpointError, match="is not the model that this run began with"):
-        predict_module._predictor(grown.model, how)
-    head = ModelFolder(grown.model).head
-    how = dataclasses.replace(how, head=head)
-    try:
-        assert predict_module._predictor(grown.model, how) is predict_module._predictor(grown.model, how)
-    finally:
-        predict_module._load.cache_clear()
+        predict_module._load(grown.model, "another", ("CT",), Options("cpu"))
+
+
+@pytest.fixture
+def three(grown, tmp_path):
+    """Three CTs to predict."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in sorted((grown.raw("CT") / "imagesTr").glob("*_0000.nii.gz")):
+        shutil.copy(path, folder)
+    return folder
+
+
+def times(out):
+    return {path.name: path.stat().st_mtime_ns for path in (out / "CT").glob("*.nii.gz")}
+
+
+def test_resume_predicts_only_what_is_missing_changed_or_failed(grown, three, tmp_path):
+    def run(**how):
+        return predict_folder(three, tmp_path / "out", grown.model, tasks=["CT"], device="cpu", resume=True, **how)
+
+    broken = three / "phantom_0002_0000.nii.gz"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    assert run().exit_code == 1
+    before = times(tmp_path / "out")
+    assert sorted(before) == ["phantom_0001.nii.gz", "phantom_0003.nii.gz"]
+    broken.write_bytes(whole)
+    (tmp_path / "out" / "CT" / "phantom_0003.nii.gz").write_bytes(b"damaged")
+    report = run()
+    assert report.exit_code == 0 and len(report.cases) == 3
+    after = times(tmp_path / "out")
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"phantom_0002.nii.gz", "phantom_0003.nii.gz"}
+    run(tta=True)
+    assert all(after[name] != now for name, now in times(tmp_path / "out").items()), "other options are another result"
+
+
+def test_two_parts_share_an_output_folder(grown, three, tmp_path):
+    out = tmp_path / "out"
+    reports = [
+        predict_folder(three, out, grown.model, tasks=["CT"], device="cpu", part=(number, 2)) for number in range(2)
+    ]
+    assert [[case.case_id[-1] for case in report.cases] for report in reports] == [["1", "3"], ["2"]]
+    written = read_record(out / "run.json", RunReport)
+    assert [case.case_id[-1] for case in written.cases] == ["1", "2", "3"]
+    assert len(times(out)) == 3
+
+
+def test_machines_that_differ_are_recorded(tmp_path):
+    record = RunRecord(tmp_path, "model", ("T",), {}, ["a", "b", "c"])
+    record.begin(keep=False)
+    for case_id, threads in (("a", 1), ("c", 1), ("b", 2)):
+        run = CaseRun(case_id, ("CT",), (), {}, None)
+        record.add(run, Arithmetic("float32", {"threads": threads}))
+    report = record.report(["a", "b", "c"])
+    assert [case.case_id for case in report.cases] == ["a", "b", "c"]
+    assert report.machine == {"threads": 1} and report.other_machines == (Arithmetic("float32", {"threads": 2}),)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from unicon_pipeline.sliding_window import gaussian_weights, sliding_window_logits, tile_count, tile_starts
+from unicon_pipeline.sliding_window import Window, gaussian_weights, tile_count, tile_starts, window_maps
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,8 @@ class Pointwise(torch.nn.Module):
 @pytest.mark.parametrize("mirror_axes", [(), (2,), (0, 1, 2)])
 def test_pointwise_network_is_reproduced(shape, mirror_axes):
     array = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
-    logits = sliding_window_logits(
-        Pointwise(), array, (True, True), (-1.0, 0.0), (16, 16, 16), torch.device("cpu"), torch.float32, mirror_axes
-    )
+    window = Window((16, 16, 16), (-1.0, 0.0), torch.float32, mirror_axes)
+    logits = window_maps(Pointwise(), array, (True, True), window)
     np.testing.assert_allclose(logits.numpy(), np.stack((array[0] * 2, array[1] - 1)), atol=2e-6)
 
 
@@ -61,7 +60,7 @@ def test_volumes_smaller_than_a_tile_are_padded_with_air():
             return super().forward(images, present)
 
     array = np.ones((2, 4, 16, 16), np.float32)
-    sliding_window_logits(Spy(), array, (True, True), (-3.0, 0.5), (16, 16, 16), torch.device("cpu"), torch.float32)
+    window_maps(Spy(), array, (True, True), Window((16, 16, 16), (-3.0, 0.5), torch.float32))
     (tile,) = seen
     assert tile.shape == (1, 2, 16, 16, 16)
     assert torch.equal(tile[0, :, 6:10], torch.ones(2, 4, 16, 16))

@@ -32,7 +32,7 @@ from unicon_pipeline.model_folder import ModelFolder, open_or_create
 from unicon_pipeline.model_record import CHAIN_FILE, ChainEntry, TaskPlan, foundation_spec
 from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_record, sha256_json, to_dict
-from unicon_pipeline.sliding_window import sliding_window_logits
+from unicon_pipeline.sliding_window import Window, window_maps
 from unicon_pipeline.store import open_case, stored_case_ids
 from unicon_pipeline.training import CHECKPOINT_FILE, Score, Trainer, TrainingResult
 from unicon_pipeline.verify import probe
@@ -201,14 +201,13 @@ class _Extension:
         if not self.extension.validation_cases:
             return None
         plan, model = self.planned.plan, self.model.merged()
+        window = Window(plan.patch_shape_zyx, plan.air, self.precision)
         counter = SegmentationLoss(plan.labels)
         scores = {}
         for case_id in self.extension.validation_cases:
             case = open_case(self.planned.cases, case_id)
             present = tuple(name in case.present for name in plan.modalities)
-            logits = sliding_window_logits(
-                model, case.array[:], present, plan.air, plan.patch_shape_zyx, self.device, self.precision
-            )
+            logits = window_maps(model, case.array[:], present, window)
             labels = torch.from_numpy(case.labels[:].astype("int64"))
             scores[case_id] = dice_of_counts(counter.overlap(logits[None], labels))
             logger.info("validation %s: Dice %.3f", case_id, scores[case_id])

@@ -85,6 +85,15 @@ class UNetHead(nn.Module):
                 outputs.append(logits(running))
         return outputs[::-1]
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """What gives the finest logits, one voxel at a time."""
+        return self.logits[-1]
+
+    def drop_last_layer(self) -> None:
+        """Takes it away: from now on `forward` gives what it would get."""
+        self.logits[-1] = nn.Identity()
+
     def _gather(self, features: Features) -> list[Tensor | None]:
         """One tensor per level, finest first; a stem that is absent gives zeros, and so does the detail path."""
         pyramid = list(features.pyramid)

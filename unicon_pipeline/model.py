@@ -95,6 +95,14 @@ class TaskModel(nn.Module):
         frozen = ("foundation.", *(f"stems.{name}." for name in self.frozen_stems))
         return {name: tensor for name, tensor in canonical_state(self).items() if not name.startswith(frozen)}
 
+    def last_layers(self) -> list[nn.Module]:
+        """The 1 x 1 x 1 convolution that gives the logits, where the head ends with one."""
+        return [self.head.last_layer] if hasattr(self.head, "last_layer") else []
+
+    def drop_last_layers(self) -> None:
+        """For prediction: from now on `forward` gives what the last layer would get."""
+        self.head.drop_last_layer()
+
     def merged(self) -> TaskModel:
         """For prediction: a frozen copy with the adapter summed into its foundation; this model can train on."""
         foundation = self.foundation if self.adapter is None else self.adapter.merged(self.foundation)

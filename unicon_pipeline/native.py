@@ -31,6 +31,13 @@ class NativeModel(nn.Module, ABC):
     def forward(self, images_bczyx: Tensor, present_bc: Tensor) -> list[Tensor]:
         """Logits as the one item of a list, as `TaskModel` gives them: (B, C, Z, Y, X), or (B, C) for whole cases."""
 
+    def last_layers(self) -> list[nn.Module]:
+        """The 1 x 1 x 1 convolutions whose mean gives the logits, where it ends with such."""
+        return []
+
+    def drop_last_layers(self) -> None:
+        """For prediction: from now on `forward` gives what the last layers would get, side by side."""
+
     def own_state(self) -> dict[str, Tensor]:
         """The weights that are not the foundation's."""
         return {name: t for name, t in canonical_state(self).items() if not name.startswith("foundation.")}

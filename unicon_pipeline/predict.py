@@ -10,59 +10,46 @@ import dataclasses
 import glob
 import logging
 import re
+import tempfile
 import threading
-import time
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from unicon_pipeline.dataset import Case, prediction_cases
-from unicon_pipeline.device import choose_device, choose_precision, machine_facts
-from unicon_pipeline.errors import CheckpointError, PredictionError, UniconError
-from unicon_pipeline.export import export_case
+from unicon_pipeline.errors import CheckpointError, UniconError
 from unicon_pipeline.geometry import Volume, write_image, write_labels
 from unicon_pipeline.intensity import read_in_units
-from unicon_pipeline.model_folder import ModelFolder, TaskPlan
+from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.plan import DataPlan
-from unicon_pipeline.prediction_run import Arithmetic, CaseRun, RunReport, TaskRun
-from unicon_pipeline.prepare import PreparedCase, prepare_case
+from unicon_pipeline.prediction_run import Arithmetic, CaseRun, RunRecord, RunReport, still_valid
+from unicon_pipeline.predictor import Options, Predictor, TaskResult, WantedTasks
 from unicon_pipeline.progress import progress_bar
-from unicon_pipeline.records import write_record
-from unicon_pipeline.sliding_window import sliding_window_logits, whole_logits
-from unicon_pipeline.tables import write_table
+from unicon_pipeline.records import sha256_file, to_dict
+from unicon_pipeline.store import folder_lock
+from unicon_pipeline.tables import read_table, write_table
 from unicon_pipeline.workers import Failure, Workers
 
 logger = logging.getLogger(__name__)
 
-_NOTHING_FOUND = "nothing was found; if that surprises, check orientation, units (HU, SUV) and field of view"
+Part = tuple[int, int]  # which one, of how many
+Rows = dict[str, dict[str, float]]  # case -> column -> score
+_FAILURES = (UniconError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """One task on one case: `labels` and `probabilities` on the case's grid, or `scores` per output of a whole case."""
+class _Job:
+    """What is asked of every case. `head`: digest of the model that is meant."""
 
-    run: TaskRun
-    labels: Volume | None = None
-    probabilities: dict[str, Volume] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _How:
-    """What a prediction is asked for, as the command line has it. `head`: digest of the model that is meant."""
-
+    model: Path
     head: str
     tasks: tuple[str, ...]
-    device: str
-    precision: str
-    tta: bool
+    options: Options
     save_probabilities: bool
+    out: Path
 
 
 @dataclass(frozen=True)
@@ -70,8 +57,8 @@ class _Outcome:
     """A case's run; task -> output -> score of the tasks that judge a whole case; None: no predictor was there."""
 
     run: CaseRun
-    scores: dict[str, dict[str, float]]
-    arithmetic: Arithmetic | None
+    scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    arithmetic: Arithmetic | None = None
 
 
 def predict_folder(
@@ -80,170 +67,173 @@ def predict_folder(
     model: Path,
     *,
     tasks: Sequence[str] | None = None,
-    device: str = "auto",
-    precision: str = "auto",
     save_probabilities: bool = False,
-    tta: bool = False,
+    resume: bool = False,
+    part: Part | None = None,
     workers: Workers | None = None,
+    **options: str | bool,
 ) -> RunReport:
     """Predicts a folder of images (or one image file) and writes `OUT/<Task>/` and `OUT/run.json`.
 
     Args:
+        resume: keeps what an earlier run of the same model and options did for the same files.
+        part: (k, n): the k-th of n shares of the cases, k from 0; the n runs may share `out`.
         workers: what predicts, each of its processes with a model of its own; None: this process, case by case.
+        options: fields of `Options`.
+
+    Returns:
+        The report on the cases of this run.
 
     Raises:
         CheckpointError: no sound model, or a wanted task is not in it.
         PredictionError, DatasetError: no case could be found, or what the channels are is ambiguous.
     """
-    folder, out, workers = ModelFolder(model), Path(out), workers or Workers()
+    folder, workers = ModelFolder(model), workers or Workers()
     wanted = WantedTasks(folder, tasks)
-    how = _How(folder.head, wanted.tasks, device, precision, tta, save_probabilities)
+    job = _Job(folder.path, folder.head, wanted.tasks, Options(**options), save_probabilities, Path(out))
+    cases = prediction_cases(Path(source), wanted.channel_names())
+    own = cases if part is None else cases[part[0] :: part[1]]
+    asked = to_dict(job.options) | {"save_probabilities": save_probabilities}
+    record = RunRecord(job.out, job.head, job.tasks, asked, [case.case_id for case in cases])
+    earlier, output = record.begin(keep=resume or part is not None), _Output(job.out, wanted.plans)
+    todo = [case for case in own if not (resume and _is_done(earlier.get(case.case_id), case, job))]
+    if len(todo) < len(own):
+        logger.info("%d of %d cases are done already.", len(own) - len(todo), len(own))
+    kept = {case_id for case_id in earlier if case_id not in {case.case_id for case in todo}}
+    output.begin_tables(kept)
     try:
-        if workers.in_process:
-            _predictor(folder.path, how)  # what is wrong with the model is wrong for all cases
-        cases = prediction_cases(Path(source), wanted.channel_names())
-        outcomes = _predict_cases(cases, folder.path, how, _Output(out, wanted.plans), workers)
+        for outcome in _outcomes(todo, job, workers):
+            _log(outcome.run)
+            output.add_scores(outcome.run.case_id, outcome.scores)
+            record.add(outcome.run, outcome.arithmetic)
     finally:
         _load.cache_clear()
-    arithmetic = _distinct([outcome.arithmetic for outcome in outcomes]) or [Arithmetic("unknown", {})]
-    if len(arithmetic) > 1:
-        logger.warning("The cases were predicted on machines that differ; last digits may. OUT/run.json says how.")
-    report = RunReport(
-        model=folder.head,
-        tasks=wanted.tasks,
-        cases=tuple(outcome.run for outcome in outcomes),
-        precision=arithmetic[0].precision,
-        tta=tta,
-        machine=arithmetic[0].machine,
-        versions={name: version(name) for name in ("unicon-pipeline", "torch", "numpy", "SimpleITK")},
-        other_machines=tuple(arithmetic[1:]),
-    )
-    write_record(out / "run.json", report)
-    return report
+    return record.report([case.case_id for case in own])
 
 
-def _predict_cases(cases: Sequence[Case], model: Path, how: _How, output: _Output, workers: Workers) -> list[_Outcome]:
-    """The outcomes in the order of the cases; their files and tables are written."""
-    outcomes: dict[str, _Outcome] = {}
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-    output.remove_tables()
-    with closing(workers.each(_predict_case, cases, model, how, output.folder)) as done:
-        for case, outcome in progress_bar(done, "predict", lambda pair: pair[0].case_id, len(cases)):
+def _is_done(earlier: CaseRun | None, case: Case, job: _Job) -> bool:
+    return earlier is not None and still_valid(earlier, _digests(case), job.out)
+
+
+def _digests(case: Case) -> dict[str, str]:
+    return {modality: sha256_file(path) for modality, path in case.images.items()}
+
+
+def _outcomes(cases: Sequence[Case], job: _Job, workers: Workers) -> Iterator[_Outcome]:
+    """In the order of completion; their files are written."""
+    if not cases:
+        return
+    if workers.in_process:
+        predictor = _predictor(job)  # what is wrong with the model is wrong for all cases
+        done = ((outcome.run.case_id, outcome) for outcome in _overlapped(cases, predictor, job))
+    else:
+        done = ((case.case_id, outcome) for case, outcome in workers.each(_predict_case, cases, job))
+    images = {case.case_id: tuple(case.images) for case in cases}
+    with closing(done):
+        for case_id, outcome in progress_bar(done, "predict", lambda pair: pair[0], len(cases)):
             if isinstance(outcome, Failure):
-                output.clear(case.case_id, half_written=True)
-                outcome = _Outcome(CaseRun(case.case_id, tuple(case.images), (), {}, str(outcome)), {}, None)
-            outcomes[case.case_id] = outcome
-            _log(outcome.run)
-            for task, of_case in outcome.scores.items():
-                rows = scores.setdefault(task, {})
-                rows[case.case_id] = of_case
-                output.write_table(task, {one.case_id: rows[one.case_id] for one in cases if one.case_id in rows})
-    return [outcomes[case.case_id] for case in cases]
+                _Output(job.out, WantedTasks(ModelFolder(job.model), job.tasks).plans).clear(case_id, half_written=True)
+                outcome = _Outcome(CaseRun(case_id, images[case_id], (), {}, str(outcome)))
+            yield outcome
 
 
-def _log(run: CaseRun) -> None:
-    for task, reason in run.skipped.items():
-        logger.info("%s: %s is skipped: it %s", run.case_id, task, reason)
-    for task_run in run.done:
-        for warning in task_run.warnings:
-            logger.warning("%s, %s: %s", run.case_id, task_run.task, warning)
-    if run.failure:
-        logger.error("%s failed: %s", run.case_id, run.failure)
+def _overlapped(cases: Sequence[Case], predictor: Predictor, job: _Job) -> Iterator[_Outcome]:
+    """The next case is read and the last one is written while the network works on one."""
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        reading, written = reader.submit(_read, cases[0]), None
+        for case, following in zip(cases, (*cases[1:], None)):
+            read = reading
+            reading = reader.submit(_read, following) if following else None
+            writing = writer.submit(_write, *_work(case, read, predictor, job))
+            if written is not None:
+                yield written.result()
+            written = writing
+        yield written.result()
 
 
-def _distinct(values: list[Arithmetic | None]) -> list[Arithmetic]:
-    known = [value for value in values if value is not None]
-    return [value for index, value in enumerate(known) if value not in known[:index]]
+def _predict_case(case: Case, job: _Job) -> _Outcome:
+    """Worker: one case, with its files written."""
+    reading: Future = Future()
+    reading.set_result(_read(case))
+    return _write(*_work(case, reading, _predictor(job), job))
 
 
-class WantedTasks:
-    """The wanted tasks of a model, and what they say of their input."""
+@dataclass(frozen=True)
+class _Read:
+    images: dict[str, Volume]
+    inputs: dict[str, str]
 
-    def __init__(self, folder: ModelFolder, tasks: Sequence[str] | None):
-        self.tasks = tuple(dict.fromkeys(tasks)) if tasks else folder.tasks
-        if not self.tasks:
-            raise CheckpointError(f"{folder.path} has no task yet. Add one with unicon_extend.")
-        self._task_plans: dict[str, TaskPlan] = {task: folder.task_plan(task) for task in self.tasks}
-        self.plans: dict[str, DataPlan] = {task: plan.data for task, plan in self._task_plans.items()}
 
-    def channel_names(self) -> dict[int, str]:
-        """Channel number -> modality, as the tasks agree on it.
+def _read(case: Case) -> _Read | str:
+    """A case's volumes and the digests of their files; or why it cannot be read."""
+    try:
+        return _Read(read_in_units(case), _digests(case))
+    except _FAILURES as problem:
+        return _reason(problem, case)
 
-        Raises:
-            PredictionError: two tasks number their channels differently.
-        """
-        names: dict[int, str] = {}
-        for task, plan in self.plans.items():
-            for number, name in enumerate(plan.modalities):
-                if names.setdefault(number, name) != name:
-                    raise PredictionError(
-                        f"Channel {number:04d} is {names[number]} in one of the tasks and {name} in {task}. "
-                        'Say what the files are in a dataset.json beside them: {"channel_names": {"0": "CT"}}, '
-                        "or predict these tasks one by one with -t."
-                    )
-        return names
 
-    def unusable(self, task: str, modalities: Sequence[str]) -> str | None:
-        """Why a task cannot use an input with these modalities; None if it can."""
-        wanted = self.plans[task].modalities
-        native = self._task_plans[task].native is not None  # it never learned to do without one
-        if (all if native else any)(name in modalities for name in wanted):
+def _work(
+    case: Case, reading: Future, predictor: Predictor, job: _Job
+) -> tuple[_Outcome, list[TaskResult], _Scratch, _Job]:
+    """What `_write` needs of a case: the outcome so far, results not yet written, and the files they grow in."""
+    run = CaseRun(case.case_id, tuple(case.images), (), {}, None)
+    _Output(job.out, predictor.plans).clear(case.case_id)
+    scratch, results, read = _Scratch(job), [], reading.result()
+    if isinstance(read, str):
+        return _Outcome(dataclasses.replace(run, failure=read)), results, scratch, job
+    skipped = {task: reason for task in predictor.tasks if (reason := predictor.unusable(task, case.images))}
+    run = dataclasses.replace(run, skipped=skipped, inputs=read.inputs)
+    try:
+        usable = [task for task in predictor.tasks if task not in skipped]
+        for result in predictor.predict(read.images, usable, scratch.of):
+            results.append(result)
+    except _FAILURES as problem:
+        run = dataclasses.replace(run, failure=_reason(problem, case))
+    return _Outcome(run, arithmetic=predictor.arithmetic()), results, scratch, job
+
+
+def _write(outcome: _Outcome, results: list[TaskResult], scratch: _Scratch, job: _Job) -> _Outcome:
+    """The outcome, once the results' files are there."""
+    run, scores, files = outcome.run, {}, {}
+    output = _Output(job.out, {})
+    with scratch:
+        try:
+            for result in results:
+                if result.labels is None:
+                    scores[result.run.task] = result.scores
+                else:
+                    written = output.write(result.run.task, run.case_id, result)
+                    files |= {path.relative_to(job.out).as_posix(): sha256_file(path) for path in written}
+                run = dataclasses.replace(run, done=(*run.done, result.run), outputs=dict(files))
+        except OSError as problem:
+            run = dataclasses.replace(run, failure=str(problem))
+    return dataclasses.replace(outcome, run=run, scores=scores)
+
+
+def _reason(problem: Exception, case: Case) -> str:
+    logger.debug("%s", case.case_id, exc_info=True)
+    return str(problem) or type(problem).__name__
+
+
+class _Scratch:
+    """Folders beside the results for files that probability maps grow in; they go when the maps are written."""
+
+    def __init__(self, job: _Job):
+        self._job, self._folders = job, ExitStack()
+
+    def of(self, task: str) -> Path | None:
+        """A task's folder; None where no probabilities are wanted."""
+        if not self._job.save_probabilities:
             return None
-        return f"needs {(' and ' if native else ' or ').join(wanted)}, the case has {', '.join(modalities)}"
+        self._job.out.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{task}.partial.", dir=self._job.out)
+        return Path(self._folders.enter_context(folder))
 
+    def __enter__(self) -> _Scratch:
+        return self
 
-class Predictor(WantedTasks):
-    """The wanted tasks of a model, loaded once and ready for any number of cases."""
-
-    def __init__(self, folder: ModelFolder, tasks: Sequence[str] | None, device: str, precision: str, tta: bool):
-        super().__init__(folder, tasks)
-        self.device = choose_device(device)
-        self.precision, self.tta = choose_precision(precision, self.device), tta
-        foundation = folder.foundation()
-        self._models = {task: folder.task_model(task, foundation).merged().to(self.device) for task in self.tasks}
-
-    def arithmetic(self) -> Arithmetic:
-        """What decides the bits of its results, besides the model."""
-        return Arithmetic(str(self.precision).removeprefix("torch."), machine_facts(self.device))
-
-    def predict(self, task: str, images: dict[str, Volume], with_probabilities: bool = False) -> TaskResult:
-        """One task on one case.
-
-        Args:
-            images: modality -> volume in HU or SUV, all on one grid.
-        """
-        started = time.monotonic()
-        plan = self.plans[task]
-        prepared = prepare_case({name: image for name, image in images.items() if name in plan.modalities}, plan)
-        logits = self._logits(task, prepared)
-        if not bool(torch.isfinite(logits).all()):
-            raise PredictionError(f"{task} gave values that are not numbers; try --precision fp32.")
-
-        def run(*warnings: str) -> TaskRun:
-            return TaskRun(task, prepared.present, round(time.monotonic() - started, 3), warnings)
-
-        if plan.labels is None:
-            outputs = self._task_plans[task].native.outputs
-            return TaskResult(run(), scores=dict(zip(outputs, logits.sigmoid().tolist(), strict=True)))
-        labels, probabilities = export_case(logits.numpy(), plan.labels, prepared.geometry, with_probabilities)
-        done = run() if labels.array_zyx.any() else run(_NOTHING_FOUND)
-        return TaskResult(done, labels, probabilities)
-
-    def _logits(self, task: str, prepared: PreparedCase) -> Tensor:
-        plan = self.plans[task]
-        present = tuple(name in prepared.present for name in plan.modalities)
-        if plan.view == "volume":
-            return whole_logits(self._models[task], prepared.array_czyx, present, self.device, self.precision)
-        return sliding_window_logits(
-            self._models[task],
-            prepared.array_czyx,
-            present,
-            plan.air,
-            plan.patch_shape_zyx,
-            self.device,
-            self.precision,
-            plan.conventions.mirror_axes if self.tta else (),
-        )
+    def __exit__(self, *_: object) -> None:
+        self._folders.close()
 
 
 class _Output:
@@ -263,23 +253,42 @@ class _Output:
                     for aside in path.parent.glob(f".*.partial.{glob.escape(path.name)}"):
                         aside.unlink(missing_ok=True)
 
-    def write(self, task: str, case_id: str, result: TaskResult) -> None:
+    def write(self, task: str, case_id: str, result: TaskResult) -> list[Path]:
         """A case's label map and its probability maps."""
+        written = [self.folder / task / f"{case_id}.nii.gz"]
         for name, volume in result.probabilities.items():
-            write_image(_probability_path(self.folder / task, case_id, name), volume.array_zyx, volume.grid)
-        write_labels(self.folder / task / f"{case_id}.nii.gz", result.labels.array_zyx, result.labels.grid)
+            written.append(_probability_path(self.folder / task, case_id, name))
+            write_image(written[-1], volume.array_zyx, volume.grid)
+        write_labels(written[0], result.labels.array_zyx, result.labels.grid)
+        return written
 
-    def remove_tables(self) -> None:
-        """Removes an earlier run's."""
+    def begin_tables(self, kept: set[str]) -> None:
+        """Removes from the tables of an earlier run all cases but those that are `kept`."""
         for task, plan in self._plans.items():
-            if plan.labels is None:
+            if plan.labels is None and kept:
+                self._change(task, lambda rows: {case_id: row for case_id, row in rows.items() if case_id in kept})
+            elif plan.labels is None:
                 self._table(task).unlink(missing_ok=True)
 
-    def write_table(self, task: str, scores: dict[str, dict[str, float]]) -> None:
-        """The whole table as it now is: case -> output -> score."""
-        columns = next(iter(scores.values()))
-        rows = {case_id: [round(of[name], 6) for name in columns] for case_id, of in scores.items()}
-        write_table(self._table(task), tuple(columns), rows)
+    def add_scores(self, case_id: str, scores: dict[str, dict[str, float]]) -> None:
+        """A case's row in each table; runs beside this one add theirs."""
+        for task, of_case in scores.items():
+            row = {name: round(score, 6) for name, score in of_case.items()}
+            self._change(task, lambda rows, row=row: rows | {case_id: row})
+
+    def _change(self, task: str, change: Callable[[Rows], Rows]) -> None:
+        path, before = self._table(task), {}
+        with folder_lock(self.folder):
+            if path.is_file():
+                table = read_table(path)
+                rows = zip(*table.columns.values(), strict=True)
+                before = {name: dict(zip(table.columns, row)) for name, row in zip(table.case_ids, rows)}
+            after = dict(sorted(change(before).items()))
+            if after:
+                columns = tuple(next(iter(after.values())))
+                write_table(path, columns, {name: [row[column] for column in columns] for name, row in after.items()})
+            else:
+                path.unlink(missing_ok=True)
 
     def _table(self, task: str) -> Path:
         return self.folder / task / "predictions.csv"
@@ -288,41 +297,27 @@ class _Output:
 _LOADING = threading.Lock()  # else two threads of a Dask worker would each load the model
 
 
-def _predictor(model: Path, how: _How) -> Predictor:
+def _predictor(job: _Job) -> Predictor:
     with _LOADING:
-        return _load(model, how)
+        return _load(job.model, job.head, job.tasks, job.options)
 
 
 @lru_cache(maxsize=1)
-def _load(model: Path, how: _How) -> Predictor:
+def _load(model: Path, head: str, tasks: tuple[str, ...], options: Options) -> Predictor:
     folder = ModelFolder(model)
-    if folder.head != how.head:
+    if folder.head != head:
         raise CheckpointError(f"{model} is not the model that this run began with: it was extended. Run again.")
-    return Predictor(folder, how.tasks, how.device, how.precision, how.tta)
+    return Predictor(folder, tasks, options)
 
 
-def _predict_case(case: Case, model: Path, how: _How, out: Path) -> _Outcome:
-    """Worker: one case, with its files written."""
-    predictor = _predictor(model, how)
-    output, scores = _Output(out, predictor.plans), {}
-    run = CaseRun(case.case_id, tuple(case.images), (), {}, None)
-    output.clear(case.case_id)
-    try:
-        images = read_in_units(case)
-        for task in predictor.tasks:
-            if reason := predictor.unusable(task, case.images):
-                run = dataclasses.replace(run, skipped={**run.skipped, task: reason})
-                continue
-            result = predictor.predict(task, images, how.save_probabilities)
-            if result.labels is None:
-                scores[task] = result.scores
-            else:
-                output.write(task, case.case_id, result)
-            run = dataclasses.replace(run, done=(*run.done, result.run))
-    except (UniconError, OSError, RuntimeError, MemoryError) as problem:
-        logger.debug("%s", case.case_id, exc_info=True)
-        run = dataclasses.replace(run, failure=str(problem) or type(problem).__name__)
-    return _Outcome(run, scores, predictor.arithmetic())
+def _log(run: CaseRun) -> None:
+    for task, reason in run.skipped.items():
+        logger.info("%s: %s is skipped: it %s", run.case_id, task, reason)
+    for task_run in run.done:
+        for warning in task_run.warnings:
+            logger.warning("%s, %s: %s", run.case_id, task_run.task, warning)
+    if run.failure:
+        logger.error("%s failed: %s", run.case_id, run.failure)
 
 
 def _outputs(folder: Path, case_id: str, plan: DataPlan) -> list[Path]:

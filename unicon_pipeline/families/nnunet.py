@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
 
@@ -42,16 +43,23 @@ class NnUNet(NativeModel):
 
     def __init__(self, foundation: Foundation, options: dict[str, Any]):
         super().__init__(foundation, options)
+        self._last_layers_dropped = False
         further = len(options["folds"]) - 1
         self.encoders = nn.ModuleList(freeze(type(foundation)(foundation.spec)) for _ in range(further))
         self.decoders = nn.ModuleList(_decoder(foundation.encoder, options) for _ in options["folds"])
 
     def forward(self, images_bczyx: Tensor, present_bc: Tensor) -> list[Tensor]:
-        total = None
-        for encoder, decoder in zip((self.foundation, *self.encoders), self.decoders, strict=True):
-            logits = decoder(encoder(images_bczyx, None, None))
-            total = logits if total is None else total + logits
-        return [total / len(self.decoders)]
+        networks = zip((self.foundation, *self.encoders), self.decoders, strict=True)
+        outputs = [decoder(encoder(images_bczyx, None, None)) for encoder, decoder in networks]
+        return [torch.cat(outputs, dim=1) if self._last_layers_dropped else sum(outputs) / len(outputs)]
+
+    def last_layers(self) -> list[nn.Module]:
+        return [decoder.seg_layers[-1] for decoder in self.decoders]
+
+    def drop_last_layers(self) -> None:
+        self._last_layers_dropped = True
+        for decoder in self.decoders:
+            decoder.seg_layers[-1] = nn.Identity()
 
 
 def find_model_folder(path: Path) -> Path | None:

@@ -1,0 +1,205 @@
+"""The wanted tasks of a model, loaded once, on one case after another.
+
+What tasks have in common is done once: reading, and preparing a case for tasks whose plans agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unicon_pipeline.device import choose_device, choose_precision, machine_facts
+from unicon_pipeline.errors import CheckpointError, PredictionError
+from unicon_pipeline.export import CaseExport, LastLayer
+from unicon_pipeline.geometry import Volume
+from unicon_pipeline.inference_form import inference_form
+from unicon_pipeline.model import TaskModel
+from unicon_pipeline.model_folder import ModelFolder
+from unicon_pipeline.model_record import ModelRecord, TaskPlan
+from unicon_pipeline.native import NativeModel
+from unicon_pipeline.plan import DataPlan
+from unicon_pipeline.prediction_run import Arithmetic, TaskRun
+from unicon_pipeline.prepare import PreparedCase, prepare_case
+from unicon_pipeline.records import sha256_json, to_dict
+from unicon_pipeline.sliding_window import Slab, Tile, Window, whole_logits, window_slabs
+
+_NOTHING_FOUND = "nothing was found; if that surprises, check orientation, units (HU, SUV) and field of view"
+_PREPARED_BY = ("modalities", "orientation", "spacing_zyx_mm", "intensity", "conventions")  # of a plan
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to predict. `precision`: auto, fp32, bf16 or fp16. `compute_air`: leave no tile out."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    tta: bool = False
+    compute_air: bool = False
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task on one case: `labels` and `probabilities` on the case's grid, or `scores` per output of a whole case."""
+
+    run: TaskRun
+    labels: Volume | None = None
+    probabilities: dict[str, Volume] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+class WantedTasks:
+    """The wanted tasks of a model, and what they say of their input."""
+
+    def __init__(self, folder: ModelRecord, tasks: Sequence[str] | None):
+        """Raises CheckpointError: the model has no task, or not this one."""
+        self.tasks = tuple(dict.fromkeys(tasks)) if tasks else folder.tasks
+        if not self.tasks:
+            raise CheckpointError(f"{folder.path} has no task yet. Add one with unicon_extend.")
+        self.task_plans: dict[str, TaskPlan] = {task: folder.task_plan(task) for task in self.tasks}
+        self.plans: dict[str, DataPlan] = {task: plan.data for task, plan in self.task_plans.items()}
+
+    def channel_names(self) -> dict[int, str]:
+        """Channel number -> modality, as the tasks agree on it.
+
+        Raises:
+            PredictionError: two tasks number their channels differently.
+        """
+        names: dict[int, str] = {}
+        for task, plan in self.plans.items():
+            for number, name in enumerate(plan.modalities):
+                if names.setdefault(number, name) != name:
+                    raise PredictionError(
+                        f"Channel {number:04d} is {names[number]} in one of the tasks and {name} in {task}. "
+                        'Say what the files are in a dataset.json beside them: {"channel_names": {"0": "CT"}}, '
+                        "or predict these tasks one by one with -t."
+                    )
+        return names
+
+    def unusable(self, task: str, modalities: Sequence[str]) -> str | None:
+        """Why a task cannot use an input with these modalities; None if it can."""
+        wanted = self.plans[task].modalities
+        native = self.task_plans[task].native is not None  # it never learned to do without one
+        if (all if native else any)(name in modalities for name in wanted):
+            return None
+        return f"needs {(' and ' if native else ' or ').join(wanted)}, the case has {', '.join(modalities)}"
+
+    def alike(self) -> list[tuple[str, ...]]:
+        """The tasks in groups that see a case in the same way, in the order of their first tasks."""
+        groups: dict[str, list[str]] = {}
+        for task, plan in self.plans.items():
+            whole = to_dict(plan)
+            names = _PREPARED_BY + (("patch_shape_zyx",) if plan.view == "volume" else ())
+            key = sha256_json([plan.view, *(whole[name] for name in names)])
+            groups.setdefault(key, []).append(task)
+        return [tuple(group) for group in groups.values()]
+
+
+class Predictor(WantedTasks):
+    """The wanted tasks' networks on their device, ready for any number of cases."""
+
+    def __init__(self, folder: ModelFolder, tasks: Sequence[str] | None, options: Options):
+        super().__init__(folder, tasks)
+        self.options, self.device = options, choose_device(options.device)
+        self.precision = choose_precision(options.precision, self.device)
+        foundation = folder.foundation()
+        self._networks: dict[str, nn.Module] = {}
+        self._last_layers: dict[str, LastLayer] = {}
+        for task in self.tasks:
+            self._load(task, folder.task_model(task, foundation))
+
+    def arithmetic(self) -> Arithmetic:
+        """What decides the bits of its results, besides the model."""
+        return Arithmetic(str(self.precision).removeprefix("torch."), machine_facts(self.device))
+
+    def predict(
+        self, images: dict[str, Volume], tasks: Sequence[str], probabilities_in: Callable[[str], Path | None]
+    ) -> Iterator[TaskResult]:
+        """These tasks on one case, one after the other.
+
+        Args:
+            images: modality -> volume in HU or SUV, all on one grid; emptied, to free memory early.
+            probabilities_in: gives a task's folder for files that hold its probabilities; None: they are not wanted.
+
+        Raises:
+            PredictionError: the network's output is not finite.
+        """
+        groups = [wanted for group in self.alike() if (wanted := [task for task in group if task in tasks])]
+        for position, group in enumerate(groups):
+            started = time.monotonic()
+            plan, last = self.plans[group[0]], position == len(groups) - 1
+            own = {name: images[name] for name in plan.modalities if name in images}
+            if last:
+                images.clear()
+            prepared = prepare_case(own, plan)
+            for task in group:
+                yield self._predict(task, prepared, probabilities_in(task), started)
+                started = time.monotonic()
+
+    def _load(self, task: str, model: TaskModel | NativeModel) -> None:
+        merged = model.merged()
+        network = inference_form(merged, self.device, self.precision)
+        layers, labels = merged.last_layers(), self.plans[task].labels
+        # Many classes: what the last layer gets is fewer maps to sum up and to resize than what it gives.
+        if labels is not None and layers and sum(layer.in_channels for layer in layers) < labels.output_channels:
+            self._last_layers[task] = _as_one(layers)
+            network.drop_last_layers()
+        self._networks[task] = network
+
+    def _predict(
+        self, task: str, prepared: PreparedCase, probabilities_in: Path | None, started: float
+    ) -> TaskResult:
+        plan = self.plans[task]
+
+        def run(*warnings: str) -> TaskRun:
+            return TaskRun(task, prepared.present, round(time.monotonic() - started, 3), warnings)
+
+        if plan.labels is None:
+            return TaskResult(run(), scores=self._scores(task, prepared))
+        export = CaseExport(plan.labels, prepared.geometry, self._last_layers.get(task), probabilities_in)
+        for slab in self.slabs(task, prepared):
+            maps, seen = (None if tensor is None else tensor.numpy() for tensor in (slab.maps_kzyx, slab.seen_zyx))
+            export.add(maps, seen, slab.rows.stop - slab.rows.start)
+        labels, probabilities = export.result()
+        return TaskResult(run() if labels.array_zyx.any() else run(_NOTHING_FOUND), labels, probabilities)
+
+    def slabs(self, task: str, prepared: PreparedCase) -> Iterator[Slab]:
+        """What the network gives for a prepared case, from its first row to its last.
+
+        Raises:
+            PredictionError: some of it is not finite.
+        """
+        plan = self.plans[task]
+        mirror_axes = plan.conventions.mirror_axes if self.options.tta else ()
+        window = Window(plan.patch_shape_zyx, plan.air, self.precision, mirror_axes)
+        present = tuple(name in prepared.present for name in plan.modalities)
+        for slab in window_slabs(self._networks[task], prepared.array_czyx, present, window, self._air(prepared)):
+            if slab.maps_kzyx is not None:
+                _check_finite(task, slab.maps_kzyx)
+            yield slab
+
+    def _scores(self, task: str, prepared: PreparedCase) -> dict[str, float]:
+        present = tuple(name in prepared.present for name in self.plans[task].modalities)
+        logits = whole_logits(self._networks[task], prepared.array_czyx, present, self.precision)
+        _check_finite(task, logits)
+        return dict(zip(self.task_plans[task].native.outputs, logits.sigmoid().tolist(), strict=True))
+
+    def _air(self, prepared: PreparedCase) -> Callable[[Tile], bool] | None:
+        return None
+
+
+def _as_one(layers: list[nn.Conv3d]) -> LastLayer:
+    """The mean of layers that each read their own maps, as one layer that reads these side by side."""
+    weights = [layer.weight.detach().flatten(1).numpy() for layer in layers]
+    biases = [np.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach().numpy() for layer in layers]
+    return np.concatenate(weights, axis=1) / len(layers), np.mean(biases, axis=0, dtype=np.float32)
+
+
+def _check_finite(task: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise PredictionError(f"{task} gave values that are not numbers; try --precision fp32.")
