@@ -1,23 +1,17 @@
-"""What is measured of a task: figures counted by hand, bad files set aside, the same with any number of processes."""
+"""What is measured of a task: over all voxels, bad files set aside, the same in any number of runs and processes."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
 
+from unicon_pipeline import measure
 from unicon_pipeline.dataset import read_task
 from unicon_pipeline.errors import DatasetError
-from unicon_pipeline.fingerprint import (
-    SAMPLES_PER_CASE,
-    Fingerprint,
-    _chosen_voxels,
-    _statistics,
-    fingerprint_case,
-    fingerprint_task,
-    is_current,
-)
+from unicon_pipeline.fingerprint import CaseFingerprint, Fingerprint, described, fingerprint_task
 from unicon_pipeline.geometry import Grid, Volume, orient, write_image, write_labels
-from unicon_pipeline.records import read_record, sha256_file, write_record
+from unicon_pipeline.records import read_record, write_record
 from unicon_pipeline.workers import Workers
 
 LPS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -27,7 +21,7 @@ def write_case(folder, case_id, seed=0, code="LPS", pet=True, labelled=True):
     """A body of 12 x 20 x 16 voxels in air; tumour of 4 x 4 x 4 voxels at 100 to 163 HU, node of 2 x 2 x 2 at 60."""
     grid = Grid((24, 32, 28), (3.0, 1.0, 2.0), (0.0, 0.0, 0.0), LPS)
     ct = np.full(grid.shape_zyx, -1000, np.float32)
-    ct[6:18, 6:26, 6:22] = 40 + seed
+    ct[6:18, 6:26, 6:22] = np.random.default_rng(seed).integers(0, 600, (12, 20, 16))
     labels = np.zeros(grid.shape_zyx, np.int16)
     if labelled:
         labels[8:12, 8:12, 8:12], labels[14:16, 20:22, 14:16] = 1, 2
@@ -53,76 +47,61 @@ def folder(tmp_path):
     return folder
 
 
-def test_figures_of_a_case(folder):
-    task = read_task(folder)
-    for case in task.cases:  # the same body, stored in three orientations
-        record, values = fingerprint_case(case, task, "LPS")
-        assert record.shape_zyx == (24, 32, 28)
-        assert record.spacing_zyx_mm == (3.0, 1.0, 2.0)
-        assert record.cropped_shape_zyx == (18, 26, 22)  # the body and three voxels on each side
-        assert record.label_voxels == {"whole": 64 + 8, "node": 8}
-        assert record.images_sha256 == {name: sha256_file(path) for name, path in case.images.items()}
-        assert record.labels_sha256 == sha256_file(case.labels)
-        assert sorted(values["CT"]) == [60] * 8 + list(range(100, 164))
-        assert set(values) == set(case.images)
-    assert fingerprint_case(task.cases[2], task, None)[0].shape_zyx == (32, 28, 24)  # stored as P, L, S
-
-
 def test_statistics_are_those_of_labelled_voxels(folder):
-    found = fingerprint_task(read_task(folder), "LPS", Workers()).intensity
+    found = fingerprint_task(read_task(folder), "LPS", Workers())
     values = np.tile([60.0] * 8 + list(range(100, 164)), 3)
-    ct = found["CT"]
+    ct = found.intensity["CT"]
     assert (ct.n, ct.min, ct.max, ct.median) == (216, 60, 163, np.median(values))
     assert (ct.mean, ct.std) == pytest.approx((values.mean(), values.std()))
     assert (ct.percentile_00_5, ct.percentile_99_5) == pytest.approx(np.percentile(values, (0.5, 99.5)))
-    assert (found["PET"].n, found["PET"].mean) == (144, 2)
+    assert (found.intensity["PET"].n, found.intensity["PET"].mean) == (144, 2)
+    assert (found.spacing_spread_mm.low, found.shape_spread.median) == ((3.0, 1.0, 2.0), (24.0, 32.0, 28.0))
+    assert found.label_frequencies["node"].share == pytest.approx(8 / 72)
+    assert found.remarks == ()
 
 
-def test_without_labels_the_body_is_sampled(folder):
-    write_case(folder, "case0", 0, labelled=False)
-    task = read_task(folder)
-    record, values = fingerprint_case(task.cases[0], task, "LPS")
-    assert "nothing is labelled" in record.oddities
-    assert len(values["CT"]) == 12 * 20 * 16
-    assert set(values["CT"]) == {40}
+def test_a_modality_that_no_case_has_has_no_statistics(folder):
+    for path in folder.glob("imagesTr/*_0001*"):
+        path.unlink()
+    assert list(fingerprint_task(read_task(folder), "LPS", Workers()).intensity) == ["CT"]
 
 
-def test_of_a_large_body_the_same_10000_voxels_are_drawn_each_time(folder):
-    grid = Grid((30, 40, 40), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), LPS)
-    image = np.random.default_rng(0).permutation(48_000).reshape(grid.shape_zyx).astype(np.float32) / 600
-    image[0, :2] = -1000
-    write_image(folder / "imagesTr" / "case1_0000.nii.gz", image, grid)
-    write_labels(folder / "labelsTr" / "case1.nii.gz", np.zeros(grid.shape_zyx, np.int16), grid)
-    task = read_task(folder)
-    (_, first), (_, second) = (fingerprint_case(task.cases[1], task, "LPS") for _ in range(2))
-    assert len(first["CT"]) == len(np.unique(first["CT"])) == 10_000
-    assert np.array_equal(first["CT"], second["CT"])
-    assert first["CT"].mean() == pytest.approx(40, abs=1)  # of 0 to 80 HU
-
-
-def test_oddities(folder):
-    labels = folder / "labelsTr" / "case1.nii.gz"
-    grid = Grid((24, 32, 28), (3.0, 0.5, 2.0), (0.0, 0.0, 0.0), LPS)
-    array = np.zeros(grid.shape_zyx, np.int16)
-    array[0, 0, :5] = 1
-    image = np.full(grid.shape_zyx, -1000, np.float32)
-    image[6:18, 6:26, 6:22] = 40
-    write_labels(labels, array, grid)
-    write_image(folder / "imagesTr" / "case1_0000.nii.gz", image, grid)
-    task = read_task(folder)
-    oddities = fingerprint_case(task.cases[1], task, "LPS")[0].oddities
-    assert oddities == ("no PET", "voxels 6.0 times longer than wide",
-                        "5 labelled voxels lie outside the body, where a prediction does not look")  # fmt: skip
-    assert fingerprint_case(task.cases[0], task, "LPS")[0].oddities == ()
-
-
-def test_the_same_with_two_processes_and_on_a_second_run(folder, tmp_path):
-    task = read_task(folder)
+def test_the_same_with_two_processes_and_from_what_was_kept(folder, tmp_path):
+    task, kept = read_task(folder), tmp_path / "kept"
     with Workers(2) as workers:
-        one, two = fingerprint_task(task, "LPS", Workers()), fingerprint_task(task, "LPS", workers)
-    assert one == two
-    write_record(tmp_path / "fingerprint.json", one)
-    assert read_record(tmp_path / "fingerprint.json", Fingerprint) == one
+        found = [
+            fingerprint_task(task, "LPS", Workers()),
+            fingerprint_task(task, "LPS", workers, kept),
+            fingerprint_task(task, "LPS", workers, kept),
+        ]
+    for number, one in enumerate(found):
+        write_record(tmp_path / f"{number}.json", one)
+        assert read_record(tmp_path / f"{number}.json", Fingerprint) == one
+    assert len({(tmp_path / f"{number}.json").read_bytes() for number in range(3)}) == 1
+    assert sorted(path.name for path in kept.iterdir()) == [f"case{number}.safetensors" for number in range(3)]
+
+
+def test_only_what_is_new_or_changed_is_measured(folder, tmp_path, monkeypatch):
+    kept, names, read = tmp_path / "kept", [], measure._read
+    monkeypatch.setattr(measure, "_read", lambda case: names.append(case.case_id) or read(case))
+    fingerprint_task(read_task(folder), "LPS", Workers(), kept)
+    (kept / ".77.partial.case0.safetensors").write_bytes(b"left by a killed process")
+    write_case(folder, "case1", seed=5)
+    write_case(folder, "case3", seed=3)
+    (folder / "imagesTr" / "case2_0000.nii.gz").write_bytes(b"no image")
+    names.clear()
+    found = fingerprint_task(read_task(folder), "LPS", Workers(), kept)
+    assert names == ["case1", "case2", "case3"]
+    assert sorted(path.name for path in kept.iterdir()) == [f"case{number}.safetensors" for number in (0, 1, 3)]
+    assert found == fingerprint_task(read_task(folder), "LPS", Workers())
+
+
+def test_a_case_that_is_there_twice_is_told(folder):
+    """Stored in another orientation, under another patient's name."""
+    write_case(folder, "twin", 0, "SLP")
+    write_case(folder, "other", 9)
+    (found,) = fingerprint_task(read_task(folder), "LPS", Workers()).remarks
+    assert "alike under different patients: case0 and twin (the same). One" in found
 
 
 def test_unusable_cases_are_named_and_the_others_kept(folder):
@@ -139,34 +118,22 @@ def test_unusable_cases_are_named_and_the_others_kept(folder):
         fingerprint_task(read_task(folder), "LPS", Workers())
 
 
-def test_whether_it_is_current(folder):
-    task = read_task(folder)
-    found = fingerprint_task(task, "LPS", Workers())
-    assert is_current(found, task, "LPS")
-    assert not is_current(found, task, None)
-    write_case(folder, "case3")
-    assert not is_current(found, read_task(folder), "LPS")
-    for path in folder.glob("*/case3*"):
-        path.unlink()
-    assert is_current(found, read_task(folder), "LPS")
-    description = json.loads((folder / "dataset.json").read_text())
-    description["labels"]["node"] = 1
-    (folder / "dataset.json").write_text(json.dumps(description))
-    assert not is_current(found, read_task(folder), "LPS")
-    write_case(folder, "case0", seed=5)
-    assert not is_current(found, task, "LPS")
+def test_one_line_per_case(folder, caplog):
+    (folder / "imagesTr" / "case2_0000.nii.gz").write_bytes(b"no image")
+    with caplog.at_level(logging.INFO):
+        fingerprint_task(read_task(folder), "LPS", Workers())
+    lines = [record.message for record in caplog.records if record.name.endswith("fingerprint")]
+    labelled = "whole 0.43 ml in 2 parts, node 0.048 ml in 1 part"
+    assert lines[0] == f"case0  ok  CT+PET  24 x 32 x 28  3 x 1 x 2 mm  {labelled}"
+    assert lines[1] == f"case1  odd: no PET  CT  24 x 32 x 28  3 x 1 x 2 mm  {labelled}"
+    assert lines[2].startswith("Task: case2 cannot be used: ") and "case2_0000.nii.gz" in lines[2]
+    assert caplog.records[-1].levelname == "WARNING"
 
 
-def test_percentiles_are_those_of_numpy():
-    found = _statistics(np.arange(100_000, dtype=np.float32))
-    expected = np.percentile(np.arange(100_000), (0.5, 99.5))
-    assert (found.percentile_00_5, found.percentile_99_5) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("size", [30_000, 2_000_000])
-def test_a_large_foreground_is_sampled_without_repetition(size):
-    mask = np.arange(size) % 2 == 0
-    chosen = _chosen_voxels(mask, np.random.default_rng(1))
-    assert len(np.unique(chosen)) == len(chosen) == SAMPLES_PER_CASE
-    assert mask[chosen].all()
-    assert np.array_equal(chosen, _chosen_voxels(mask, np.random.default_rng(1)))
+def test_a_line_stays_short():
+    many = {f"organ{number:02d}": 10.0 * number for number in range(40)}
+    case = CaseFingerprint("a", ("CT",), (9, 9, 9), (9, 9, 9), (3.27, 0.98, 0.98), {}, ("x", "y"), {}, None, 5, many)
+    assert described(case) == (
+        "a  odd: x; y  CT  9 x 9 x 9  3.27 x 0.98 x 0.98 mm  "
+        "organ01 10.0 ml, organ02 20.0 ml, organ03 30.0 ml, organ04 40.0 ml, 35 more"
+    )

@@ -57,12 +57,12 @@ def world(grid):
 
 class TestReadAgainstItk:
     @pytest.mark.parametrize("ending", geometry.IMAGE_ENDINGS)
-    @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32", "float64"])
+    @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "int32", "float32", "float64"])
     def test_voxels_and_grid(self, tmp_path, ending, dtype):
-        array = (noise(seed=1) * 100 + 200).clip(0, 255).astype(dtype)
+        array = (noise(seed=1) * 100 + 200).clip(0, 127).astype(dtype)
         path = write_itk(tmp_path / f"image{ending}", array, make_grid(direction=OBLIQUE))
         volume, image = geometry.read_image(path), sitk.ReadImage(str(path))
-        assert volume.array_zyx.dtype == np.float32
+        assert volume.array_zyx.dtype == (dtype if np.dtype(dtype).itemsize <= 2 else np.float32)
         np.testing.assert_array_equal(volume.array_zyx, sitk.GetArrayFromImage(image).astype(np.float32))
         np.testing.assert_allclose(volume.grid.spacing_zyx_mm[::-1], image.GetSpacing(), rtol=1e-6)
         np.testing.assert_allclose(volume.grid.origin_xyz_mm, image.GetOrigin(), atol=1e-5)
@@ -240,10 +240,13 @@ class TestLabels:
     def written(self, tmp_path, array):
         return write_itk(tmp_path / "labels.nii.gz", array, make_grid(array.shape))
 
-    def test_whole_floats_are_labels(self, tmp_path):
+    @pytest.mark.parametrize("stored", ["uint8", "int16", "int64", "float32"])
+    @pytest.mark.parametrize("top,kept", [(3, np.uint8), (256, np.int16)])
+    def test_whole_numbers_are_labels_of_the_smallest_type(self, tmp_path, stored, top, kept):
         array = np.random.default_rng(0).integers(0, 4, SHAPE)
-        volume = geometry.read_labels(self.written(tmp_path, array.astype(np.float32)))
-        assert volume.array_zyx.dtype == np.int16
+        array[1, 2, 3] = min(top, np.iinfo(stored).max) if stored != "float32" else top
+        volume = geometry.read_labels(self.written(tmp_path, array.astype(stored)))
+        assert volume.array_zyx.dtype == (np.uint8 if stored == "uint8" else kept)
         np.testing.assert_array_equal(volume.array_zyx, array)
 
     @pytest.mark.parametrize(
@@ -283,6 +286,12 @@ class TestWriting:
         volume = geometry.read_image(tmp_path / "image.nii.gz")
         np.testing.assert_array_equal(volume.array_zyx, noise())
         assert geometry.grids_differ_mm(volume.grid, grid) < geometry.GRID_TOLERANCE_MM / 10
+
+    @pytest.mark.parametrize("ending", geometry.IMAGE_ENDINGS)
+    def test_a_turned_view_is_written_as_it_looks(self, tmp_path, ending):
+        turned = geometry.orient(Volume(noise(), make_grid()), "SRA")
+        geometry.write_image(tmp_path / f"image{ending}", turned.array_zyx, turned.grid)
+        np.testing.assert_array_equal(geometry.read_image(tmp_path / f"image{ending}").array_zyx, turned.array_zyx)
 
     def test_what_is_no_label_map_is_refused(self, tmp_path):
         for array in (np.full(SHAPE, -1), noise()):
@@ -324,7 +333,7 @@ class TestOrientation:
             oriented = geometry.orient(volume, code)
             assert geometry.orientation_code(oriented.grid) == code
             np.testing.assert_array_equal(oriented.array_zyx, sitk.GetArrayFromImage(expected))
-            assert oriented.array_zyx.flags.c_contiguous
+            assert np.shares_memory(oriented.array_zyx, volume.array_zyx)
             np.testing.assert_allclose(oriented.grid.spacing_zyx_mm[::-1], expected.GetSpacing())
             np.testing.assert_allclose(oriented.grid.origin_xyz_mm, expected.GetOrigin(), atol=1e-9)
             np.testing.assert_allclose(oriented.grid.direction, expected.GetDirection(), atol=1e-12)
@@ -379,6 +388,22 @@ class TestOntoGrid:
         assert inside.sum() > 50 and outside.sum() > 50
         np.testing.assert_allclose(moved[inside], expected[inside], atol=1e-4)
         assert (moved[outside] == -1024.0).all()
+
+    def test_integers_are_not_rounded_to_integers(self):
+        source = make_grid((12, 14, 16), (2.0, 1.5, 1.25), (4.0, -26.0, 24.0))
+        stored = np.random.default_rng(0).integers(-1000, 1000, source.shape_zyx).astype(np.int16)[:, ::-1]
+        as_float = geometry.onto_grid(Volume(stored.astype(np.float32), source), self.TARGET, -1024.0)
+        moved = geometry.onto_grid(Volume(stored, source), self.TARGET, -1024.0)
+        assert moved.array_zyx.dtype == np.float32 and (moved.array_zyx % 1 != 0).any()
+        np.testing.assert_array_equal(moved.array_zyx, as_float.array_zyx)
+
+    @pytest.mark.parametrize("nearest", [False, True])
+    def test_slabs_give_what_the_whole_gives(self, monkeypatch, nearest):
+        source = make_grid((12, 14, 16), (2.0, 1.5, 1.25), (4.0, -26.0, 24.0))
+        volume = Volume(noise(source.shape_zyx), source)
+        whole = geometry.onto_grid(volume, self.TARGET, -5.0, nearest).array_zyx
+        monkeypatch.setattr(geometry, "_SLAB_VOXELS", 3 * 8 * 9)
+        np.testing.assert_array_equal(geometry.onto_grid(volume, self.TARGET, -5.0, nearest).array_zyx, whole)
 
     def test_nearest_keeps_labels(self):
         labels = np.random.default_rng(0).integers(1, 5, (12, 14, 16)).astype(np.int16)

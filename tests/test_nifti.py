@@ -220,6 +220,31 @@ class TestDamage:
         for kept in (0, 1, 10, 100, len(data) // 2, len(data) - 9, len(data) - 1):
             refused(saved(tmp_path, data[:kept], name), "truncated or corrupt", "Copy it again")
 
+    @pytest.mark.parametrize("size", [9, 10, 11, 60, 119])
+    def test_many_runs(self, tmp_path, monkeypatch, size):
+        monkeypatch.setattr(nifti, "RUN_VOXELS", size)
+        numbers = NUMBERS.astype(np.int16)
+        data = file_bytes(tmp_path, numbers)
+        for name, content in (("image.nii", data), ("image.nii.gz", gzip.compress(data, 1))):
+            array, _ = nifti.read_nifti(saved(tmp_path, content, name))
+            np.testing.assert_array_equal(array, numbers)
+            refused(saved(tmp_path, content[:-20], name), "truncated or corrupt")
+
+    def test_reading_needs_the_memory_of_the_result(self, tmp_path):
+        content = gzip.compress(file_bytes(tmp_path, np.zeros((64, 128, 128), np.float64)), 1)
+        path = saved(tmp_path, content, "image.nii.gz")
+        tracemalloc.start()
+        array, _ = nifti.read_nifti(path, lambda run: run.astype(np.int16))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert array.dtype == np.int16 and peak < array.nbytes + (4 << 20)
+
+    def test_members_one_after_the_other_are_one_file(self, tmp_path):
+        data = file_bytes(tmp_path)
+        content = gzip.compress(data[:400]) + gzip.compress(data[400:])
+        np.testing.assert_array_equal(nifti.read_nifti(saved(tmp_path, content, "image.nii.gz"))[0], NUMBERS)
+        refused(saved(tmp_path, gzip.compress(data) + b"something", "image.nii.gz"), "corrupt")
+
     def test_a_wrong_checksum(self, tmp_path):
         data = bytearray(gzip.compress(file_bytes(tmp_path)))
         # All voxels decompress, and one of them could be wrong.

@@ -1,12 +1,22 @@
-"""Resizing: scikit-image for images, batchgenerators for labels, and nnU-Net's rules worked out by hand."""
+"""Resizing: scikit-image as reference, and nnU-Net's rules worked out by hand."""
+
+import tracemalloc
 
 import numpy as np
 import pytest
-from batchgenerators.augmentations.utils import resize_segmentation
 from scipy import ndimage
 from skimage.transform import resize as reference_resize
 
-from unicon_pipeline.resize import axis_matrix, axis_orders, needs_separate_axis, resize, resize_labels, resized_shape
+from unicon_pipeline import resize as module
+from unicon_pipeline.resize import (
+    axis_matrix,
+    axis_orders,
+    needs_separate_axis,
+    resize,
+    resize_stream,
+    resized_shape,
+    z_slabs,
+)
 
 PAIRS = [
     ((12, 14, 16), (12, 14, 16)),
@@ -32,15 +42,14 @@ def image(shape, seed=0):
     return (smooth + np.where(rng.random(shape) > 0.9, 1000, -500)).astype(np.float32)
 
 
-def blobs(shape, values, seed=0):
-    rng = np.random.default_rng(seed)
-    scores = np.stack([ndimage.gaussian_filter(rng.normal(0, 1, shape), 1.2, mode="wrap") for _ in values])
-    return np.array(values, np.int16)[scores.argmax(0)]
+@pytest.fixture(params=[100, 1 << 20], ids=["slabs", "whole"])
+def slab_voxels(request, monkeypatch):
+    monkeypatch.setattr(module, "_SLAB_VOXELS", request.param)
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 @pytest.mark.parametrize("order", [1, 3])
-def test_as_scikit_image(source, target, order):
+def test_as_scikit_image(source, target, order, slab_voxels):
     array = image(source)
     expected = reference_resize(array.astype(np.float64), target, order, mode="edge", anti_aliasing=False)
     found = resize(array[None], target, (order,) * 3)
@@ -51,7 +60,7 @@ def test_as_scikit_image(source, target, order):
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("size", [4, 11, 8])
-def test_a_coarse_axis_is_taken_from_the_nearest_slices(axis, size):
+def test_a_coarse_axis_is_taken_from_the_nearest_slices(axis, size, slab_voxels):
     """nnU-Net resizes slice by slice, then picks slices: scikit-image in the plane, map_coordinates across it."""
     source, target = [13, 15, 17], [19, 10, 21]
     source[axis], target[axis] = 8, size
@@ -77,6 +86,47 @@ def test_channels_are_resized_and_clipped_each_for_itself():
     assert (clipped[1].min(), clipped[1].max()) == (0, 1000)
 
 
+@pytest.mark.parametrize("shape", [(150, 40, 31), (40, 12, 90), (97, 24, 30)])
+@pytest.mark.parametrize("height", [1, 7, 96])
+def test_a_stream_of_slabs_of_any_height_gives_what_whole_matrices_give(shape, height):
+    array = image((96, 24, 60), seed=4) / 1000
+    matrices = [axis_matrix(n, m, 3) for n, m in zip(array.shape, shape)]
+    expected = np.einsum("az,by,cx,zyx->abc", *matrices, array.astype(np.float64), optimize=True)
+    found = np.full(shape, np.nan, np.float32)
+    slabs = [array[start : start + height] for start in range(0, 96, height)]
+    resize_stream(iter(slabs), array.shape, found, clip=False)
+    assert np.abs(found - expected).max() < 3e-6
+    resize_stream(iter(slabs), array.shape, found)
+    assert found == pytest.approx(np.clip(expected, array.min(), array.max()), abs=3e-6)
+
+
+def test_planes_of_which_nothing_is_made_count_for_the_range():
+    array = np.zeros((200, 4, 4), np.float32)
+    array[49:51] = 1  # an output plane lies at 49.5, where the spline is above 1; the other at 149.5
+    array[100], array[199] = 9, -9  # no output plane is near
+    for shape in [(2, 4, 4), (2, 5, 3)]:
+        expected = reference_resize(array.astype(float), shape, 3, mode="edge", anti_aliasing=False)
+        assert expected.max() > 1.01
+        assert resize(array[None], shape)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_large_volume_needs_little_memory_besides_the_result(monkeypatch):
+    monkeypatch.setattr(module, "_SLAB_VOXELS", 1 << 14)
+    array = np.zeros((400, 128, 128), np.float32)
+    tracemalloc.start()
+    try:
+        result = resize(array[None], (300, 160, 100)).nbytes
+        assert result < tracemalloc.get_traced_memory()[1] < result + array.nbytes / 3
+    finally:
+        tracemalloc.stop()
+
+
+def test_slabs_cover_every_plane_once(monkeypatch):
+    monkeypatch.setattr(module, "_SLAB_VOXELS", 100)
+    assert list(z_slabs((7, 5, 6))) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert list(z_slabs((2, 50, 60))) == [slice(0, 1), slice(1, 2)]
+
+
 def test_the_input_is_left_alone_and_the_result_is_a_copy():
     array = image((4, 6, 8))[None]
     array.setflags(write=False)
@@ -93,59 +143,6 @@ def test_matrices_are_shared_and_read_only():
     assert axis_matrix(7, 11, 3) is first
     assert not first.flags.writeable
     assert first.sum(axis=1) == pytest.approx(np.ones(11), abs=1e-5)
-
-
-def undecided(labels, target):
-    """Where the two largest shares of a voxel are equal up to rounding, which the reference settles by rounding."""
-    shares = [reference_resize((labels == v).astype(float), target, 1, mode="edge", anti_aliasing=False)
-              for v in np.unique(labels)]  # fmt: skip
-    return np.ptp(np.sort(shares, axis=0)[-2:], axis=0) < 1e-6 if len(shares) > 1 else np.zeros(target, bool)
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-@pytest.mark.parametrize("values", [(0, 1), (0, 1, 2, 7), (3, 4, 5)])
-def test_labels_as_batchgenerators(source, target, values):
-    labels = blobs(source, values, seed=sum(source))
-    expected = labels if source == target else resize_segmentation(labels, target, order=1)
-    found = resize_labels(labels, target, (1, 1, 1))
-    assert found.dtype == np.int16
-    decided = ~undecided(labels, target)
-    assert decided.mean() > 0.85
-    assert np.array_equal(found[decided], expected[decided])
-
-
-def test_labels_of_a_coarse_axis_are_resized_slice_by_slice():
-    labels = blobs((6, 20, 24), (0, 1, 2), seed=5)
-    planes = np.stack([resize_segmentation(plane, (31, 17), order=1) for plane in labels])
-    decided = np.stack([~undecided(plane, (31, 17)) for plane in labels])
-    nearest = np.floor(6 / 13 * (np.arange(13) + 0.5)).astype(int)
-    found = resize_labels(labels, (13, 31, 17), (0, 1, 1))
-    assert np.array_equal(found[decided[nearest]], planes[nearest][decided[nearest]])
-
-
-def test_equal_shares_go_to_the_nearest_label_whatever_its_value():
-    lines = np.array([[0, 0, 3, 3, 3, 0], [5, 5, 2, 2, 2, 5]], np.int16)[:, None]
-    # 6 -> 4 voxels of 1.5: the second one's centre is at 1.75, 0.25 from voxel 2; the third at 3.25.
-    assert resize_labels(lines, (2, 1, 4), (1, 1, 1)).tolist() == [[[0, 3, 3, 0]], [[5, 2, 2, 5]]]
-    # 2 -> 1: the centre is half-way, and rounds up.
-    for pair in ([0, 4], [4, 0], [6, 4]):
-        assert resize_labels(np.array([[pair]], np.int16), (1, 1, 1), (1, 1, 1)).item() == pair[1]
-
-
-def test_no_background_appears_where_three_labels_meet():
-    labels = blobs((12, 12, 12), (1, 2, 3), seed=1)
-    assert (resize_labels(labels, (20, 7, 31), (1, 1, 1)) > 0).all()
-
-
-def test_a_label_between_the_samples_of_a_coarser_grid_is_lost_without_a_crash():
-    labels = np.zeros((9, 9, 9), np.int16)
-    labels[0, 0, 0] = 2
-    assert not resize_labels(labels, (3, 3, 3), (1, 1, 1)).any()
-
-
-def test_a_label_that_fills_the_image_or_is_absent():
-    assert (resize_labels(np.full((4, 4, 4), 3, np.int16), (7, 2, 5), (1, 1, 1)) == 3).all()
-    assert not resize_labels(np.zeros((4, 4, 4), np.int16), (7, 2, 5), (1, 1, 1)).any()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -120,6 +121,58 @@ def test_an_interrupted_write_leaves_no_visible_case(tmp_path, monkeypatch, fail
     monkeypatch.undo()
     store.write_case(tmp_path, "a", array + 1, labels, META)
     np.testing.assert_array_equal(store.open_case(tmp_path, "a").array[...], array + 1)
+
+
+SMALL, LARGE = (1, 20, 30, 40), (1, 65, 256, 256)  # blosc2 writes what is below 16 MiB in another way
+
+
+@pytest.mark.parametrize(("shape", "written"), [(SMALL, 0.0), (SMALL, 0.5), (SMALL, 0.999), (LARGE, 0.999)])
+def test_a_full_disk_is_one_clear_error(tmp_path, shape, written):
+    """A limit on the size of files stands for the disk's end."""
+    resource = pytest.importorskip("resource")
+    array, labels = make(shape=shape)
+    store.write_case(tmp_path, "a", array, labels, META, (32, 96, 96))
+    size = (tmp_path / "a" / store.IMAGE_FILE).stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size * written), limits[1]))
+    try:
+        with pytest.raises(DatasetError, match="case a cannot be written.*MB are free.*run again"):
+            store.write_case(tmp_path, "a", array, labels, META, (32, 96, 96))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.stored_case_ids(tmp_path) == () and not list(tmp_path.rglob("*.partial.*"))
+    store.write_case(tmp_path, "a", array, labels, META, (32, 96, 96))
+    assert store.is_sound(tmp_path, "a")
+
+
+def test_the_same_case_gives_the_same_bytes(tmp_path):
+    array, labels = make(shape=LARGE)
+    for case_id in ("a", "b"):
+        store.write_case(tmp_path, case_id, array, labels, META, (32, 96, 96))
+    for name in (store.IMAGE_FILE, store.LABELS_FILE):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_writing_needs_no_second_copy_of_the_case(tmp_path):
+    """In a process of its own, whose largest memory is compared before and after."""
+    resource = pytest.importorskip("resource")
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_write_large, args=(tmp_path, queue))
+    process.start()
+    process.join()
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert resource and queue.get() * unit < 40 << 20
+
+
+def _write_large(folder, queue):
+    import resource
+
+    array = np.random.default_rng(0).normal(size=(1, 64, 512, 512)).astype(np.float32)  # 67 MB, hardly compressible
+    store.write_case(folder, "small", array[:, :8, :64, :64], None, META, (32, 96, 96))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    store.write_case(folder, "a", array, None, META, (32, 96, 96))
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def _write_for_ever(folder):

@@ -233,6 +233,13 @@ def main_predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--task", nargs="+", metavar="TASK", help="only these tasks of the model (default: all)")
     parser.add_argument("--save-probabilities", action="store_true", help="also write each output's probability map")
     parser.add_argument("--tta", action="store_true", help="average over mirrored inputs: slower, slightly better")
+    air_help = "compute tiles that hold nothing but air, too"
+    parser.add_argument("--compute-air", action="store_true", help=air_help)
+    resume_help = "keep the results in OUT that this model made of these files with these options"
+    parser.add_argument("--resume", action="store_true", help=resume_help)
+    parts_help = "share the cases between N runs, which may write to one OUT at once"
+    parser.add_argument("--num-parts", type=positive_int, default=1, metavar="N", help=parts_help)
+    parser.add_argument("--part-id", type=fold_number, default=0, metavar="K", help="which of them this is, from 0")
     workers_options(parser, "1, which uses all cores")
     return run(parser, _predict, argv)
 
@@ -241,6 +248,9 @@ def _predict(options: Namespace) -> int:
     from unicon_pipeline.dask_cluster import open_workers
     from unicon_pipeline.predict import predict_folder
 
+    if options.part_id >= options.num_parts:
+        last = options.num_parts - 1
+        raise UniconError(f"--part-id {options.part_id}: of {options.num_parts} parts, the last one is {last}.")
     with open_workers(options.processes or 1, options.dask) as workers:
         report = predict_folder(
             options.input,
@@ -251,6 +261,9 @@ def _predict(options: Namespace) -> int:
             precision=options.precision,
             save_probabilities=options.save_probabilities,
             tta=options.tta,
+            compute_air=options.compute_air,
+            resume=options.resume,
+            part=(options.part_id, options.num_parts) if options.num_parts > 1 else None,
             workers=workers,
         )
     show(report.summary())

@@ -206,7 +206,7 @@ def read_case(case: Case) -> dict[str, Volume]:
 
 
 def check_labels(case: Case, image_grid: Grid, labels: Labels) -> Volume:
-    """A case's label map, int16, on the grid of its first image.
+    """A case's label map, of a small integer type, on the grid of its first image.
 
     Raises:
         DatasetError: no label file, another grid, or a value that `labels` does not name.
@@ -223,22 +223,20 @@ def check_labels(case: Case, image_grid: Grid, labels: Labels) -> Volume:
             "Resample the labels onto the image."
         )
     known = {0, labels.ignore, *(value for values in labels.values for value in values)}
-    wrong = sorted(set(np.unique(volume.array_zyx).tolist()) - known)
+    wrong = sorted(set(np.flatnonzero(label_counts(volume.array_zyx)).tolist()) - known)
     if wrong:
         named = sorted(value for value in known if value is not None)
         raise DatasetError(f"{case.labels} holds the label values {wrong[:10]}; dataset.json names {named}.")
     return volume
 
 
-def patient_folds(task: Task, k: int = 5, seed: int = 0) -> tuple[tuple[str, ...], ...]:
-    """Validation case ids of each fold; min(k, patients) folds, none splits a patient."""
-    patients: dict[str, list[str]] = {}
-    for case in task.cases:
-        patients.setdefault(case.patient, []).append(case.case_id)
-    order = sorted(patients)
-    np.random.default_rng(seed).shuffle(order)
-    count = min(k, len(order))
-    return tuple(tuple(sorted(c for p in order[fold::count] for c in patients[p])) for fold in range(count))
+def label_counts(array_zyx: np.ndarray) -> np.ndarray:
+    """Voxels of each value from 0 to the largest, int64."""
+    counts = np.zeros(int(array_zyx.max(initial=0)) + 1, np.int64)
+    for plane in array_zyx:  # some at a time, since bincount makes 64-bit copies; rows of background are most of it
+        counts += np.bincount(plane[plane.any(axis=1)].reshape(-1), minlength=len(counts))
+    counts[0] += array_zyx.size - counts.sum()
+    return counts
 
 
 def parse_channels(description: Any, source: Path) -> dict[int, str]:

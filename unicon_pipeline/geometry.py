@@ -20,6 +20,7 @@ from unicon_pipeline.contract import ZYX, SpacingZYX
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.nifti import MAX_DEFLATE_RATIO, check_size, inflated_bytes, read_nifti
 from unicon_pipeline.records import atomic_path
+from unicon_pipeline.voxels import RUN_VOXELS, Convert, ImageVoxels, LabelVoxels, gather
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
@@ -30,10 +31,9 @@ GRID_TOLERANCE_MM = 0.01
 MAX_SKEW_DEGREES = 0.5
 _NOTED_SKEW_DEGREES = 0.01
 
-MAX_LABEL = np.iinfo(np.int16).max
-
 _LETTERS = ("RL", "AP", "IS")
 _HEADER_TEXT_BYTES = 1 << 16
+_SLAB_VOXELS = 1 << 22
 
 # ITK reports every problem twice, as an exception and on stderr; the exception is enough.
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -63,46 +63,36 @@ class Grid:
 
 @dataclass(frozen=True)
 class Volume:
-    """`array_zyx`: float32 for images, int16 for labels."""
+    """`array_zyx`: 8- or 16-bit integers as they were stored, else float32; labels uint8 or int16. It may be a view."""
 
     array_zyx: np.ndarray
     grid: Grid
 
 
 def read_image(path: Path) -> Volume:
-    """Reads a 3-D image as float32, in the file's own unit (HU, SUV, ...).
+    """Reads a 3-D image in the file's own unit (HU, SUV, ...): small integers as they are, all else as float32.
 
     Raises:
         DatasetError: missing, truncated, corrupt, not 3-D, several numbers per voxel, too large, NaN or
             infinite voxels, or axes that are not at right angles.
     """
-    array, grid = _read(path)
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32, copy=False)
-    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-    if bad:
-        raise DatasetError(
-            f"{path} has {bad} voxels of {array.size} that are NaN or infinite. Replace them at the source "
-            "(air is -1024 HU in a CT, 0 in a PET) or leave the case out."
-        )
-    return Volume(array, grid)
+    voxels = ImageVoxels()
+    volume = _read(path, voxels)
+    voxels.check(path)
+    return volume
 
 
 def read_labels(path: Path) -> Volume:
-    """Reads a label map as int16.
+    """Reads a label map as uint8 where its values fit, else as int16.
 
     Raises:
         DatasetError: as `read_image`; also values that are fractional, negative or above 32767.
     """
-    array, grid = _read(path)
-    if array.dtype.kind == "f":
-        bad = ~(np.isfinite(array) & (array == np.rint(array)))
-        if bad.any():
-            raise DatasetError(_not_labels(path, array[bad], "fractional or not finite", array))
-    bad = (array < 0) | (array > MAX_LABEL)
-    if bad.any():
-        raise DatasetError(_not_labels(path, array[bad], f"outside 0..{MAX_LABEL}", array))
-    return Volume(array.astype(np.int16), grid)
+    voxels = LabelVoxels()
+    volume = _read(path, voxels)
+    voxels.check(path)
+    dtype = np.uint8 if voxels.largest <= np.iinfo(np.uint8).max else np.int16
+    return Volume(volume.array_zyx.astype(dtype, copy=False), volume.grid)
 
 
 def write_labels(path: Path, array_zyx: np.ndarray, grid: Grid) -> None:
@@ -125,7 +115,7 @@ def orientation_code(grid: Grid) -> str:
 
 
 def orient(volume: Volume, code: str) -> Volume:
-    """Permutes and flips axes; no value changes, so it can be undone.
+    """Permutes and flips axes, as a view of the same voxels; no value changes, so it can be undone.
 
     Args:
         code: what `orientation_code` gives then, such as "LPS"; or "xyz", "yzx"...: the stored index axes, permuted.
@@ -159,11 +149,11 @@ def orient(volume: Volume, code: str) -> Volume:
         origin_xyz_mm=tuple(float(value) for value in origin),
         direction=tuple(float(value) for value in np.stack(columns, axis=1).ravel()),
     )
-    return Volume(np.ascontiguousarray(array), grid)
+    return Volume(array, grid)
 
 
 def onto_grid(volume: Volume, grid: Grid, fill: float, nearest: bool = False) -> Volume:
-    """Resamples `volume` to the voxels of `grid` through both affines: linear, or nearest for labels.
+    """Resamples `volume` to the voxels of `grid` through both affines: linear as float32, or nearest for labels.
 
     This aligns grids, not patients: it is no registration. Points outside of the volume get `fill`.
 
@@ -177,14 +167,23 @@ def onto_grid(volume: Volume, grid: Grid, fill: float, nearest: bool = False) ->
             f"The fields of view do not overlap: one spans {_extent(volume.grid)}, the other {_extent(grid)} "
             "(x, y, z in mm). Are both from the same patient and examination, with their positions kept?"
         )
+    source = _to_itk(volume.array_zyx, volume.grid)
+    if not nearest:
+        source = sitk.Cast(source, sitk.sitkFloat32)  # ITK would round to the integers of its input
     resampler = sitk.ResampleImageFilter()
-    resampler.SetSize([int(n) for n in grid.shape_zyx[::-1]])
     resampler.SetOutputSpacing([float(value) for value in grid.spacing_zyx_mm[::-1]])
-    resampler.SetOutputOrigin([float(value) for value in grid.origin_xyz_mm])
     resampler.SetOutputDirection([float(value) for value in grid.direction])
     resampler.SetInterpolator(sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear)
     resampler.SetDefaultPixelValue(float(fill))
-    return Volume(sitk.GetArrayFromImage(resampler.Execute(_to_itk(volume.array_zyx, volume.grid))), grid)
+    array = np.empty(grid.shape_zyx, volume.array_zyx.dtype if nearest else np.float32)
+    depth, height, width = (int(n) for n in grid.shape_zyx)
+    slab = max(1, _SLAB_VOXELS // (height * width))  # a result of ITK is copied once: a slab of it at a time
+    for start in range(0, depth, slab):
+        resampler.SetSize([width, height, min(slab, depth - start)])
+        resampler.SetOutputOrigin([float(value) for value in (grid.affine @ (0, 0, start, 1))[:3]])
+        moved = resampler.Execute(source)
+        array[start : start + slab] = sitk.GetArrayViewFromImage(moved)
+    return Volume(array, grid)
 
 
 def grids_differ_mm(a: Grid, b: Grid) -> float:
@@ -254,7 +253,7 @@ def _steps(current: str, wanted: str) -> tuple[list[int], list[bool]]:
     return permutation, flips
 
 
-def _read(path: Path) -> tuple[np.ndarray, Grid]:
+def _read(path: Path, convert: Convert) -> Volume:
     path = Path(path)
     if path.is_dir():
         raise DatasetError(f"{path} is a folder. For a DICOM series, make one NIfTI file of it first (dcm2niix).")
@@ -263,11 +262,11 @@ def _read(path: Path) -> tuple[np.ndarray, Grid]:
     ending = image_ending(path)
     if ending is None:
         raise DatasetError(f"{path}: expected an image ending in {', '.join(IMAGE_ENDINGS)}; convert it.")
-    array, affine = read_nifti(path) if ending.startswith(".nii") else _read_with_itk(path, ending)
-    return array, _grid_of(array.shape, affine, path)
+    array, affine = read_nifti(path, convert) if ending.startswith(".nii") else _read_with_itk(path, ending, convert)
+    return Volume(array, _grid_of(array.shape, affine, path))
 
 
-def _read_with_itk(path: Path, ending: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_with_itk(path: Path, ending: str, convert: Convert) -> tuple[np.ndarray, np.ndarray]:
     header = _nrrd_header(path) if ending == ".nrrd" else _mha_header(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if ending == ".nrrd" else "MetaImageIO")
@@ -287,7 +286,10 @@ def _read_with_itk(path: Path, ending: str) -> tuple[np.ndarray, np.ndarray]:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
-    return sitk.GetArrayFromImage(image), affine
+    view = sitk.GetArrayViewFromImage(image)
+    flat = view.reshape(-1)
+    runs = (flat[start : start + RUN_VOXELS] for start in range(0, flat.size, RUN_VOXELS))
+    return gather(view.shape, runs, convert), affine
 
 
 def _nrrd_header(path: Path) -> bytes:
@@ -354,17 +356,6 @@ def _grid_of(shape_zyx: tuple[int, ...], affine: np.ndarray, path: Path) -> Grid
         origin_xyz_mm=tuple(float(value) for value in affine[:3, 3]),
         direction=tuple(float(value) for value in direction.ravel() + 0.0),
     )
-
-
-def _not_labels(path: Path, offenders: np.ndarray, what: str, array: np.ndarray) -> str:
-    values = np.unique(offenders)
-    listed = ", ".join(f"{value:g}" for value in values[:8].tolist()) + (", ..." if len(values) > 8 else "")
-    text = f"{path} has {offenders.size} voxels that are {what}: {listed}. Labels are integers from 0 upwards."
-    if len(values) > 8 and array.min() < -200:
-        return text + " This looks like a CT image, not labels: is a file in the wrong folder?"
-    if len(values) > 100:
-        return text + " This looks like an image, not labels: is a file in the wrong folder?"
-    return text + " Correct the file, or write it again with nearest-neighbour interpolation."
 
 
 def _to_itk(array_zyx: np.ndarray, grid: Grid) -> sitk.Image:

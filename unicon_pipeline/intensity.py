@@ -6,17 +6,19 @@ physical unit are standardised image by image.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, InputContract, IntensityRule
+from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE, ZYX, InputContract, IntensityRule
 from unicon_pipeline.dataset import Case, read_case
 from unicon_pipeline.errors import DatasetError, PlanError
 from unicon_pipeline.geometry import Volume
+from unicon_pipeline.resize import z_slabs
 
 BODY_HU = -600.0  # between air and lung on one side, skin and fat on the other, partial volume included
 BODY_SUV = 0.1  # legs and fat at the late phase of a scan still exceed this; scanner noise in air seldom does
@@ -72,13 +74,35 @@ def normalise(array_zyx: np.ndarray, rule: IntensityRule, nonzero_zyx: np.ndarra
     Raises:
         PlanError: the rule's scheme is unknown or its knots do not increase.
     """
-    _check_rule(rule, "intensity rule")
-    if rule.scheme != "piecewise":
-        return _WHOLE_IMAGE[rule.scheme](array_zyx, nonzero_zyx)
-    result = np.empty(array_zyx.shape, dtype=np.float32)
-    for plane, out in zip(array_zyx, result, strict=True):  # plane by plane: the temporaries stay in the cache
-        _piecewise(np.asarray(plane, dtype=np.float32), rule, out)
+    planes = normaliser(array_zyx, rule, nonzero_zyx)
+    result = np.empty(array_zyx.shape, np.float32)
+    for rows in z_slabs(array_zyx.shape):
+        result[rows] = planes(rows)
     return result
+
+
+def normaliser(
+    array_zyx: np.ndarray, rule: IntensityRule, nonzero_zyx: np.ndarray | None = None
+) -> Callable[[slice], np.ndarray]:
+    """As `normalise`, of some planes at a time: a function from a range of planes to contiguous float32 (planes, y, x).
+
+    What a scheme needs to know of the whole image is computed here, once and in float64.
+    """
+    _check_rule(rule, "intensity rule")
+    if rule.scheme == "piecewise":
+        return lambda rows: _piecewise(array_zyx[rows], rule)
+    inside = nonzero_zyx if rule.scheme == "zscore_nonzero" else None
+    offset, divisor = _WHOLE_IMAGE[rule.scheme](array_zyx, inside)
+
+    def planes(rows: slice) -> np.ndarray:
+        values = array_zyx[rows].astype(np.float32, order="C")
+        values -= np.float32(offset)
+        values /= np.float32(divisor)
+        if inside is not None:
+            values[~inside[rows]] = 0
+        return values
+
+    return planes
 
 
 def air_value(modality: str) -> float:
@@ -121,11 +145,20 @@ def check_units(array_zyx: np.ndarray, modality: str, path: Path | str) -> None:
 def body_mask(array_zyx: np.ndarray, modality: str) -> np.ndarray:
     """Voxels that may belong to the patient (bool, z y x): CT above -600 HU, PET above 0.1 SUV, others not 0."""
     if modality == "CT":
-        return array_zyx > BODY_HU
+        return array_zyx > (BODY_HU if array_zyx.dtype.kind == "f" else int(BODY_HU))
     if modality == "PET":
         # The mean over 3 x 3 x 3 voxels, so that single noisy voxels in air do not count as body.
         return ndimage.uniform_filter(array_zyx.astype(np.float32, copy=False), 3, mode="nearest") > BODY_SUV
     return array_zyx != 0
+
+
+def body_slabs(array_zyx: np.ndarray, modality: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """`body_mask` of some planes after the other: (range of planes, mask of these planes)."""
+    reach = 1 if modality == "PET" else 0  # what the mean takes from the neighbours
+    for rows in z_slabs(array_zyx.shape):
+        start = max(0, rows.start - reach)
+        mask = body_mask(array_zyx[start : rows.stop + reach], modality)
+        yield rows, mask[rows.start - start :][: rows.stop - rows.start]
 
 
 def body_box(volumes: Mapping[str, Volume]) -> tuple[slice, slice, slice]:
@@ -144,33 +177,42 @@ def body_box(volumes: Mapping[str, Volume]) -> tuple[slice, slice, slice]:
             f"The images of one case must share one grid to be cropped; found shapes {sorted(shapes)} "
             f"for {', '.join(volumes) or 'no image'}."
         )
-    (shape,) = shapes
     deciding = ["CT"] if "CT" in volumes else list(volumes)
-    occupied = [np.zeros(size, dtype=bool) for size in shape]
-    for modality in deciding:
-        mask = body_mask(volumes[modality].array_zyx, modality)
-        planes = mask.any(axis=0)
-        occupied[0] |= mask.any(axis=(1, 2))
-        occupied[1] |= planes.any(axis=1)
-        occupied[2] |= planes.any(axis=0)
-    z, y, x = (_extent(line) for line in occupied)
-    return z, y, x
+    masks = (body_slabs(volumes[modality].array_zyx, modality) for modality in deciding)
+    return _box(shapes.pop(), itertools.chain.from_iterable(masks), BODY_MARGIN_VOXELS)
 
 
 def nonzero_region(volumes: Mapping[str, Volume]) -> np.ndarray:
     """Where any of the images is not 0, holes filled (bool, z y x): nnU-Net's region to crop and standardise."""
-    region = np.logical_or.reduce([volume.array_zyx != 0 for volume in volumes.values()])
-    return ndimage.binary_fill_holes(region)
+    arrays = [volume.array_zyx for volume in volumes.values()]
+    region = np.zeros(arrays[0].shape, bool)
+    for rows in z_slabs(region.shape):
+        for array in arrays:
+            region[rows] |= array[rows] != 0
+    box = box_of(region)  # all holes lie within
+    region[box] = ndimage.binary_fill_holes(region[box])
+    return region
 
 
-def box_of(mask_zyx: np.ndarray) -> tuple[slice, slice, slice]:
-    """The smallest box (z, y, x slices) that holds the mask; where it is empty, the whole image."""
-    lines = (mask_zyx.any(axis=(1, 2)), mask_zyx.any(axis=(0, 2)), mask_zyx.any(axis=(0, 1)))
-    z, y, x = (_extent(line, margin=0) for line in lines)
+def box_of(array_zyx: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box (z, y, x slices) that holds all that is not 0; where there is nothing, the whole image."""
+    slabs = ((rows, array_zyx[rows] != 0) for rows in z_slabs(array_zyx.shape))
+    return _box(array_zyx.shape, slabs, margin=0)
+
+
+def _box(shape_zyx: ZYX, masks: Iterable[tuple[slice, np.ndarray]], margin: int) -> tuple[slice, slice, slice]:
+    """Around all that is true in any of the masks, each of some planes."""
+    occupied = [np.zeros(size, bool) for size in shape_zyx]
+    for rows, mask in masks:
+        flat = mask.any(axis=0)
+        occupied[0][rows] |= mask.any(axis=(1, 2))
+        occupied[1] |= flat.any(axis=1)
+        occupied[2] |= flat.any(axis=0)
+    z, y, x = (_extent(line, margin) for line in occupied)
     return z, y, x
 
 
-def _extent(line: np.ndarray, margin: int = BODY_MARGIN_VOXELS) -> slice:
+def _extent(line: np.ndarray, margin: int) -> slice:
     indices = np.flatnonzero(line)
     if len(indices) == 0:
         return slice(0, len(line))
@@ -193,54 +235,58 @@ def _check_rule(rule: IntensityRule, name: str) -> None:
         )
 
 
-def _piecewise(values: np.ndarray, rule: IntensityRule, out: np.ndarray) -> None:
+def _piecewise(array_zyx: np.ndarray, rule: IntensityRule) -> np.ndarray:
     """Each segment adds its slope times the part of the value that lies within it."""
     knots, levels = rule.knots_in, rule.knots_out
-    part = np.empty_like(out)
-    for index in range(len(knots) - 1):
-        target = out if index == 0 else part
-        slope = (levels[index + 1] - levels[index]) / (knots[index + 1] - knots[index])
-        np.clip(values, knots[index], knots[index + 1], out=target)
-        target -= np.float32(knots[index])
-        target *= np.float32(slope)
-        if index == 0:
-            target += np.float32(levels[0])
-        else:
-            out += part
-
-
-def _standardised(array_zyx: np.ndarray) -> np.ndarray:
-    mean = float(array_zyx.mean(dtype=np.float64))
-    result = array_zyx.astype(np.float32) - np.float32(mean)
-    deviation = math.sqrt(float(np.square(result).mean(dtype=np.float64)))
-    if deviation <= 1e-6 * max(1.0, abs(mean)):
-        return np.zeros_like(result)
-    result /= np.float32(deviation)
+    result = np.empty(array_zyx.shape, np.float32)
+    for plane, out in zip(array_zyx, result, strict=True):  # plane by plane: the temporaries stay in the cache
+        values = plane.astype(np.float32, copy=False)
+        part = np.empty_like(out)
+        for index in range(len(knots) - 1):
+            target = out if index == 0 else part
+            slope = (levels[index + 1] - levels[index]) / (knots[index + 1] - knots[index])
+            np.clip(values, knots[index], knots[index + 1], out=target)
+            target -= np.float32(knots[index])
+            target *= np.float32(slope)
+            if index == 0:
+                target += np.float32(levels[0])
+            else:
+                out += part
     return result
 
 
-def _standardised_inside(array_zyx: np.ndarray, nonzero_zyx: np.ndarray) -> np.ndarray:
-    result = np.zeros(array_zyx.shape, np.float32)
-    result[nonzero_zyx] = _standardised(array_zyx[nonzero_zyx])
-    return result
+def _mean_and_deviation(array_zyx: np.ndarray, inside_zyx: np.ndarray | None) -> tuple[float, float]:
+    """Of all voxels, or of those inside; an infinite deviation where they are all equal."""
+
+    def values() -> Iterator[np.ndarray]:
+        for rows in z_slabs(array_zyx.shape):
+            yield array_zyx[rows] if inside_zyx is None else array_zyx[rows][inside_zyx[rows]]
+
+    number = array_zyx.size if inside_zyx is None else int(np.count_nonzero(inside_zyx))
+    if number == 0:
+        return 0.0, math.inf
+    mean = math.fsum(float(some.sum(dtype=np.float64)) for some in values()) / number
+    squares = (np.square(some - np.float32(mean), dtype=np.float32).sum(dtype=np.float64) for some in values())
+    deviation = math.sqrt(math.fsum(map(float, squares)) / number)
+    return mean, deviation if deviation > 1e-6 * max(1.0, abs(mean)) else math.inf
 
 
-def _scaled_to_one(array_zyx: np.ndarray) -> np.ndarray:
-    result = array_zyx.astype(np.float32) - np.float32(array_zyx.min())
-    return result / max(float(result.max()), 1e-8)
+def _least_and_range(array_zyx: np.ndarray, _: np.ndarray | None) -> tuple[float, float]:
+    low, high = np.float32(array_zyx.min()), np.float32(array_zyx.max())
+    return float(low), max(float(high - low), 1e-8)
 
 
+# Scheme -> what to subtract, and what to divide by then.
 _WHOLE_IMAGE = {
-    "zscore": lambda array_zyx, _: _standardised(array_zyx),
-    "zscore_nonzero": _standardised_inside,
-    "minmax": lambda array_zyx, _: _scaled_to_one(array_zyx),
-    "identity": lambda array_zyx, _: array_zyx.astype(np.float32),
+    "zscore": _mean_and_deviation,
+    "zscore_nonzero": _mean_and_deviation,
+    "minmax": _least_and_range,
+    "identity": lambda array_zyx, _: (0.0, 1.0),
 }
 
 
 def _sample(array_zyx: np.ndarray) -> np.ndarray:
-    flat = array_zyx.reshape(-1)
-    return flat[:: max(1, flat.size // _SAMPLES)]
+    return array_zyx.flat[:: max(1, array_zyx.size // _SAMPLES)]
 
 
 def _check_suv(array_zyx: np.ndarray, low: float, high: float, path: Path | str) -> None:
@@ -256,7 +302,7 @@ def _check_suv(array_zyx: np.ndarray, low: float, high: float, path: Path | str)
             f"would lie below {_LARGEST_SUV_P99:g}. This looks like Bq/ml or counts. Convert it: SUV = activity in "
             "Bq/ml x body weight in g / injected dose in Bq, the dose decay-corrected to the start of the scan "
             "(dose x 0.5^(minutes between injection and scan / half-life in minutes); 18F: 109.8); counts first "
-            "need the rescale slope of the DICOM header."
+            "need the rescale slope of the DICOM header. For a file in Bq/ml, python -m dataset_conversion.suv does it."
         )
 
 

@@ -6,16 +6,18 @@ where the first one is skewed, and print to stderr from C. Here each of these is
 
 from __future__ import annotations
 
-import gzip
+import math
 import struct
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from isal import igzip, isal_zlib
 
 from unicon_pipeline.errors import DatasetError
+from unicon_pipeline.voxels import RUN_VOXELS, Convert, gather
 
 HEADER_BYTES = 348
 # A billion voxels are past any scanner; a whole-body CT at 512 x 512 x 2000 has half of that.
@@ -41,8 +43,11 @@ class NiftiHeader:
     affine_lps: np.ndarray
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_nifti(path: Path, convert: Convert | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Reads one 3-D image.
+
+    Args:
+        convert: what is kept of each run of voxels, see `voxels.gather`; None: all as it is.
 
     Returns:
         array_zyx in the stored type (rescaled to float where the header says so), and the 4 x 4 affine from
@@ -56,14 +61,18 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with open(path, "rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            with gzip.GzipFile(fileobj=raw) if packed else raw as file:
-                header = parse_header(_read_exactly(file, HEADER_BYTES, path), path)
-                array = _read_voxels(file, header, path, packed)
-    except (OSError, EOFError, zlib.error) as problem:
+            with igzip.IGzipFile(fileobj=raw) if packed else raw as file:
+                header = parse_header(_read_exactly(file, HEADER_BYTES), path)
+                _check_length(header, path, packed)
+                _read_exactly(file, header.data_offset - HEADER_BYTES)
+                array = gather(header.shape_xyz[::-1], _runs(file, header), convert)
+                # Reading to the end of a compressed stream verifies its checksum.
+                file.read(MAX_TRAILING_BYTES)
+    except (OSError, EOFError, isal_zlib.error) as problem:
         raise DatasetError(
             f"{path} is truncated or corrupt ({problem}). Copy it again from its origin, or leave the case out."
         ) from problem
-    return _rescaled(array, header), header.affine_lps
+    return array, header.affine_lps
 
 
 def parse_header(block: bytes, path: Path) -> NiftiHeader:
@@ -117,7 +126,7 @@ def check_size(sizes_xyz: list[int] | tuple[int, ...], path: Path) -> tuple[int,
 
 def inflated_bytes(path: Path, start: int, wanted: int) -> int:
     """How many bytes, counted up to `wanted`, the zlib or gzip stream at byte `start` holds; 0 where it is damaged."""
-    stream, count = zlib.decompressobj(wbits=47), 0
+    stream, count = isal_zlib.decompressobj(wbits=47), 0
     with open(path, "rb") as file:
         file.seek(start)
         try:
@@ -126,7 +135,7 @@ def inflated_bytes(path: Path, start: int, wanted: int) -> int:
                 if not block:
                     break
                 count += len(stream.decompress(block, 1 << 24))
-        except zlib.error:
+        except isal_zlib.error:
             return 0
     return count
 
@@ -170,31 +179,43 @@ def _rotation(bcd: tuple[float, ...]) -> np.ndarray:
     )
 
 
-def _read_voxels(file: BinaryIO, header: NiftiHeader, path: Path, packed: bool) -> np.ndarray:
-    expected = int(np.prod(header.shape_xyz, dtype=np.int64)) * header.dtype.itemsize
-    # Before allocating: could a file of this size hold what its header promises?
-    if expected > path.stat().st_size * (MAX_DEFLATE_RATIO if packed else 1):
-        raise EOFError(f"the header promises {expected} bytes of voxels, the file has {path.stat().st_size} bytes")
-    _read_exactly(file, header.data_offset - HEADER_BYTES, path)
-    voxels = np.frombuffer(_read_exactly(file, expected, path), header.dtype)
-    # Reading to the end of a compressed stream verifies its checksum.
-    file.read(MAX_TRAILING_BYTES)
-    return voxels.reshape(header.shape_xyz[::-1])
+def _check_length(header: NiftiHeader, path: Path, packed: bool) -> None:
+    """Before anything is allocated: could a file of this size hold what its header promises?"""
+    expected, there = math.prod(header.shape_xyz) * header.dtype.itemsize, path.stat().st_size
+    if expected > there * (MAX_DEFLATE_RATIO if packed else 1):
+        raise EOFError(f"the header promises {expected} bytes of voxels, the file has {there} bytes")
 
 
-def _read_exactly(file: BinaryIO, count: int, path: Path) -> bytearray:
+def _runs(file: BinaryIO, header: NiftiHeader) -> Iterator[np.ndarray]:
+    total = math.prod(header.shape_xyz)
+    buffer = np.empty(min(total, RUN_VOXELS), header.dtype)
+    for start in range(0, total, RUN_VOXELS):
+        run = buffer[: total - start]
+        missing = run.nbytes - _fill(file, memoryview(run.view(np.uint8)))
+        if missing:
+            there = start * run.itemsize + run.nbytes - missing
+            raise EOFError(f"{total * run.itemsize} bytes of voxels were expected, {there} are there")
+        yield _rescaled(run, header)
+
+
+def _read_exactly(file: BinaryIO, count: int) -> bytearray:
     data = bytearray(count)
-    view, filled = memoryview(data), 0
-    while filled < count:
-        got = file.readinto(view[filled : filled + (1 << 24)])
-        if not got:
-            raise EOFError(f"{count} bytes were expected, {filled} are there")
-        filled += got
+    filled = _fill(file, memoryview(data))
+    if filled < count:
+        raise EOFError(f"{count} bytes were expected, {filled} are there")
     return data
 
 
-def _rescaled(array: np.ndarray, header: NiftiHeader) -> np.ndarray:
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+def _fill(file: BinaryIO, view: memoryview) -> int:
+    """Reads until the view is full or the file ends; how many bytes there were."""
+    filled = 0
+    while filled < len(view) and (got := file.readinto(view[filled:])):
+        filled += got
+    return filled
+
+
+def _rescaled(run: np.ndarray, header: NiftiHeader) -> np.ndarray:
+    native = run.astype(run.dtype.newbyteorder("="), copy=False)
     if header.slope == 1.0 and header.intercept == 0.0:
         return native
     exact_in_float32 = native.dtype.itemsize <= 2 or native.dtype == np.float32

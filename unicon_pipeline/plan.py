@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from unicon_pipeline.budget import TRAINING_PASSES, Costs, Machine, needed_gb, training_costs
 from unicon_pipeline.contract import ZYX, Conventions, FoundationSpec, IntensityRule, SpacingZYX
-from unicon_pipeline.dataset import Labels, Task, patient_folds
+from unicon_pipeline.dataset import Labels, Task
 from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import PlanError
 from unicon_pipeline.fingerprint import Fingerprint
+from unicon_pipeline.folds import patient_folds
 from unicon_pipeline.input_shape import (
     NO_OVERRIDES,
     InputShape,

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unicon_pipeline.contract import ZYX, SpacingZYX
+from unicon_pipeline.contract import ZYX, IntensityRule, SpacingZYX
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.geometry import Grid, Volume, orient
-from unicon_pipeline.intensity import body_box, box_of, nonzero_region, normalise
+from unicon_pipeline.intensity import body_box, box_of, nonzero_region, normaliser
+from unicon_pipeline.label_resize import resize_labels
 from unicon_pipeline.plan import DataPlan
-from unicon_pipeline.resize import axis_orders, resize, resize_labels, resized_shape
+from unicon_pipeline.resize import axis_orders, resize_stream, resized_shape, z_slabs
 
 IMAGE_ORDER, LABEL_ORDER = 3, 1  # nnU-Net's: cubic for images, linear per class for labels
 
@@ -33,7 +34,7 @@ class CaseGeometry:
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """Network input: float32 (C, Z, Y, X), channels in the plan's order, absent ones zero; labels int16 in step."""
+    """Network input: float32 (C, Z, Y, X), channels in the plan's order, absent ones zero; labels in step."""
 
     array_czyx: np.ndarray
     present: tuple[str, ...]
@@ -44,8 +45,11 @@ class PreparedCase:
 def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | None = None) -> PreparedCase:
     """Orients, crops to the body, normalises and resamples one case.
 
+    Beside the images, the labels and the result, memory holds a few planes only.
+
     Args:
-        images: modality -> volume in HU or SUV, all on one grid.
+        images: modality -> volume in HU or SUV, all on one grid. It is emptied, so that no image stays in memory
+            longer than it is needed: hand over `dict(images)` to keep them.
         labels: on the same grid; the crop is widened to hold all of them.
 
     Raises:
@@ -56,6 +60,7 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
         raise DatasetError(f"{plan.task} needs {' or '.join(plan.modalities)}; the case has {', '.join(images)}.")
     original = images[present[0]].grid
     turned = {name: _oriented(images[name], plan.orientation) for name in present}
+    images.clear()
     turned_labels = None if labels is None else _oriented(labels, plan.orientation)
     oriented = turned[present[0]].grid
     nonzero = nonzero_region(turned) if _needs_nonzero(plan) else None
@@ -64,14 +69,13 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
     shape = resized_shape(cropped, oriented.spacing_zyx_mm, plan.spacing_zyx_mm)
     array_czyx = np.zeros((len(plan.modalities), *shape), np.float32)
     orders = axis_orders(oriented.spacing_zyx_mm, plan.spacing_zyx_mm, IMAGE_ORDER)
-    for name in present:
-        inside = None if nonzero is None else nonzero[box]
-        network_values = normalise(turned[name].array_zyx[box], plan.intensity[name], inside)
-        array_czyx[plan.modalities.index(name)] = resize(network_values[None], shape, orders)[0]
+    for name in sorted(present, key=lambda name: -turned[name].array_zyx.nbytes):  # the largest is freed first
+        channel, inside = array_czyx[plan.modalities.index(name)], None if nonzero is None else nonzero[box]
+        _fill(channel, turned.pop(name).array_zyx[box], plan.intensity[name], inside, orders)
     labels_zyx = None
     if turned_labels is not None:
         label_orders = axis_orders(oriented.spacing_zyx_mm, plan.spacing_zyx_mm, LABEL_ORDER)
-        labels_zyx = resize_labels(turned_labels.array_zyx[box], shape, label_orders)
+        labels_zyx = np.ascontiguousarray(resize_labels(turned_labels.array_zyx[box], shape, label_orders))
     geometry = CaseGeometry(
         original=original,
         oriented=oriented,
@@ -82,6 +86,14 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
     )
     prepared = PreparedCase(array_czyx, present, labels_zyx, geometry)
     return _whole_view(prepared, plan) if plan.view == "volume" else prepared
+
+
+def _fill(
+    out_zyx: np.ndarray, array_zyx: np.ndarray, rule: IntensityRule, nonzero_zyx: np.ndarray | None, orders: ZYX
+) -> None:
+    """A cropped image into its channel, normalised first and resampled then, as nnU-Net does."""
+    planes = normaliser(array_zyx, rule, nonzero_zyx)
+    resize_stream(map(planes, z_slabs(array_zyx.shape)), array_zyx.shape, out_zyx, orders)
 
 
 def _oriented(volume: Volume, orientation: str | None) -> Volume:
@@ -105,12 +117,8 @@ def _with_labels(box: tuple[slice, ...], labels: Volume | None) -> tuple[slice, 
     """The box, widened to hold all labels."""
     if labels is None or not labels.array_zyx.any():
         return box
-    widened = []
-    for axis, side in enumerate(box):
-        others = tuple(other for other in range(3) if other != axis)
-        labelled = np.flatnonzero(labels.array_zyx.any(axis=others))
-        widened.append(slice(min(side.start, int(labelled[0])), max(side.stop, int(labelled[-1]) + 1)))
-    return tuple(widened)
+    labelled = box_of(labels.array_zyx)
+    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(box, labelled, strict=True))
 
 
 def _whole_view(case: PreparedCase, plan: DataPlan) -> PreparedCase:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from unicon_pipeline.budget import Machine
 from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.dask_cluster import open_workers
 from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_task
-from unicon_pipeline.errors import DatasetError
-from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task, is_current
+from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task
 from unicon_pipeline.input_shape import NO_OVERRIDES, Overrides
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.prepare import prepare_case
 from unicon_pipeline.progress import progress_bar
-from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_record
+from unicon_pipeline.records import sha256_json, to_dict, write_record
 from unicon_pipeline.resize import resized_shape
 from unicon_pipeline.store import (
     folder_lock,
@@ -39,37 +39,52 @@ logger = logging.getLogger(__name__)
 
 _FOREGROUND_SAMPLES = 2000
 _MEGABYTES_PER_PROCESS = 2500.0  # while nothing is known of the images yet
-# Measured peak of one case, CT+PET of 512 x 512 x 150 to 300: 11 to 13.5 float32 volumes of its larger grid.
-_PEAK_VOLUMES = 13.5
-_EMPTY_PROCESS_MEGABYTES = 300.0
+# Beside the channels of the result, all in float32, a case takes at most this many volumes of its larger grid.
+_FURTHER_VOLUMES = 2
+_EMPTY_PROCESS_MEGABYTES = 250.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A case, and the digest of all that decides its stored arrays."""
+
+    case: Case
+    made_from: str
+
+    @property
+    def case_id(self) -> str:
+        return self.case.case_id
 
 
 def preprocess_task(
-    task: Task, plan: DataPlan, destination: Path, workers: Workers, at_most: int | None = None
+    task: Task,
+    fingerprint: Fingerprint,
+    plan: DataPlan,
+    destination: Path,
+    workers: Workers,
+    at_most: int | None = None,
 ) -> dict[str, str]:
-    """Preprocesses every case into the store; what is there and unchanged is kept.
+    """Preprocesses every case of the fingerprint into the store; what is there and unchanged is kept.
 
     Returns:
         case id -> reason, for the cases that could not be preprocessed.
     """
-    wanted = {case.case_id: case for case in task.cases}
-    for stale in set(stored_case_ids(destination)) - set(wanted):
+    jobs = _jobs(task, fingerprint, plan)
+    for stale in set(stored_case_ids(destination)) - {job.case_id for job in jobs}:
         forget_case(destination, stale)
-    recipe = _recipe(plan)
     failed: dict[str, str] = {}
     try:
-        cases = list(wanted.values())
-        with closing(workers.each(_preprocess_case, cases, plan, destination, recipe, at_most=at_most)) as done:
-            for case, outcome in progress_bar(done, "preprocess", lambda pair: pair[0].case_id, len(wanted)):
+        with closing(workers.each(_preprocess_case, jobs, plan, destination, at_most=at_most)) as done:
+            for job, outcome in progress_bar(done, "preprocess", lambda pair: pair[0].case_id, len(jobs)):
                 if isinstance(outcome, Failure):
-                    failed[case.case_id] = str(outcome)
-                    forget_case(destination, case.case_id)
-                    logger.warning("%s cannot be preprocessed: %s", case.case_id, outcome)
+                    failed[job.case_id] = str(outcome)
+                    forget_case(destination, job.case_id)
+                    logger.warning("%s cannot be preprocessed: %s", job.case_id, outcome)
                 else:
-                    logger.debug("%s: %s", case.case_id, outcome)
+                    logger.debug("%s: %s", job.case_id, outcome)
     finally:
         sweep_unfinished(destination)
-    return {case_id: failed[case_id] for case_id in wanted if case_id in failed}
+    return {job.case_id: failed[job.case_id] for job in jobs if job.case_id in failed}
 
 
 def plan_and_preprocess(
@@ -100,29 +115,13 @@ def plan_and_preprocess(
     folder = Path(work) / "preprocessed" / task.name
     local = processes or usable_processes(_MEGABYTES_PER_PROCESS)
     with folder_lock(folder), open_workers(local, dask) as workers:
-        fingerprint = _fingerprint(task, spec.input.orientation, workers, folder / "fingerprint.json")
+        fingerprint = fingerprint_task(task, spec.input.orientation, workers, folder / "measured")
+        write_record(folder / "fingerprint.json", fingerprint)
         plan = plan_task(task, fingerprint, spec, machine, overrides)
         write_record(folder / "plan.json", plan)
-        unusable = set(fingerprint.failed)
-        usable = tuple(case for case in task.cases if case.case_id not in unusable)
         at_most = processes or (usable_processes(_peak_megabytes(fingerprint, plan)) if workers.local else None)
-        failed = preprocess_task(dataclasses.replace(task, cases=usable), plan, folder / "cases", workers, at_most)
+        failed = preprocess_task(task, fingerprint, plan, folder / "cases", workers, at_most)
     return plan, {**fingerprint.failed, **failed}
-
-
-def _fingerprint(task: Task, orientation: str | None, workers: Workers, path: Path) -> Fingerprint:
-    """The stored fingerprint if no file has changed, else a new one, which is stored."""
-    if path.is_file():
-        try:
-            stored = read_record(path, Fingerprint, DatasetError)
-        except DatasetError as problem:  # of another version, or damaged
-            logger.info("%s The fingerprint is made again.", problem)
-        else:
-            if is_current(stored, task, orientation):
-                return stored
-    fingerprint = fingerprint_task(task, orientation, workers)
-    write_record(path, fingerprint)
-    return fingerprint
 
 
 def _peak_megabytes(fingerprint: Fingerprint, plan: DataPlan) -> float:
@@ -131,29 +130,37 @@ def _peak_megabytes(fingerprint: Fingerprint, plan: DataPlan) -> float:
     for case in fingerprint.cases:
         resized = resized_shape(case.cropped_shape_zyx, case.spacing_zyx_mm, plan.spacing_zyx_mm)
         voxels = max(voxels, math.prod(case.shape_zyx), math.prod(resized))
-    return _EMPTY_PROCESS_MEGABYTES + _PEAK_VOLUMES * 4 * voxels / 2**20
+    return _EMPTY_PROCESS_MEGABYTES + (len(plan.modalities) + _FURTHER_VOLUMES) * 4 * voxels / 2**20
 
 
 def _recipe(plan: DataPlan) -> dict[str, Any]:
     """What of a plan decides the stored arrays."""
     whole = to_dict(plan)
-    names = ["modalities", "labels", "orientation", "spacing_zyx_mm", "view", "intensity", "patch_shape_zyx"]
-    recipe = {name: whole[name] for name in names}
-    return recipe if plan.labels is None else recipe | {"label_rule": "largest share"}
+    names = "modalities labels orientation spacing_zyx_mm view intensity patch_shape_zyx conventions"
+    return {name: whole[name] for name in names.split()} | {"label_rule": "largest share"}
 
 
-def _preprocess_case(case: Case, plan: DataPlan, destination: Path, recipe: dict[str, Any]) -> str:
+def _jobs(task: Task, fingerprint: Fingerprint, plan: DataPlan) -> list[_Job]:
+    """The files' digests are those of the fingerprint: a file that changes after it is found by the next run."""
+    cases, recipe = {case.case_id: case for case in task.cases}, _recipe(plan)
+    return [
+        _Job(cases[seen.case_id], sha256_json([recipe, seen.images_sha256, seen.labels_sha256]))
+        for seen in fingerprint.cases
+    ]
+
+
+def _preprocess_case(job: _Job, plan: DataPlan, destination: Path) -> str:
     """Worker: one case into the store, unless it is there already, made from the same files in the same way."""
-    files = {name: sha256_file(path) for name, path in case.images.items()}
-    with_labels = plan.labels is not None and case.labels is not None
-    digest = sha256_json([recipe, files, sha256_file(case.labels) if with_labels else None])
-    if is_sound(destination, case.case_id) and read_meta(destination, case.case_id).get("made_from") == digest:
+    case = job.case
+    if is_sound(destination, case.case_id) and read_meta(destination, case.case_id).get("made_from") == job.made_from:
         return "unchanged"
-    images = read_in_units(case)
-    labels = check_labels(case, next(iter(images.values())).grid, plan.labels) if with_labels else None
-    prepared = prepare_case(images, plan, labels)
+    with threadpool_limits(1):  # the other cores have cases of their own, and the bits must not depend on their number
+        images, labels = read_in_units(case), None
+        if plan.labels is not None and case.labels is not None:
+            labels = check_labels(case, next(iter(images.values())).grid, plan.labels)
+        prepared = prepare_case(images, plan, labels)
     meta = {
-        "made_from": digest,
+        "made_from": job.made_from,
         "present": list(prepared.present),
         "geometry": to_dict(prepared.geometry),
         "foreground": _foreground(prepared.labels_zyx, plan.labels),

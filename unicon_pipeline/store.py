@@ -20,9 +20,9 @@ any better at higher levels: LZ4 with byte shuffle.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,11 +104,9 @@ def write_case(
         forget_case(folder, case_id)
         stored = {}
         for name, values in files.items():
-            # Written by Python and not by blosc2, whose errors do not say that the disk is full.
-            frame = _compress(values, patch_shape_zyx or array_czyx.shape[1:])
             with atomic_path(case_folder / name) as aside:
-                aside.write_bytes(frame)
-            stored[name] = {"bytes": len(frame), "sha256": hashlib.sha256(frame).hexdigest()}
+                _write_chunks(aside, values, patch_shape_zyx or array_czyx.shape[1:])
+                stored[name] = {"bytes": aside.stat().st_size, "sha256": sha256_file(aside)}
         shape = list(array_czyx.shape)
         payload = {"schema_version": SCHEMA_VERSION, **meta, "case_id": case_id, "shape_czyx": shape, "stored": stored}
         write_json(case_folder / META_FILE, payload)
@@ -255,11 +253,17 @@ def chunks_and_blocks(shape: tuple[int, ...], patch_shape_zyx: ZYX, itemsize: in
     return leading + tuple(chunks), leading + tuple(blocks)
 
 
-def _compress(values: np.ndarray, patch_shape_zyx: ZYX) -> bytes:
+def _write_chunks(path: Path, values: np.ndarray, patch_shape_zyx: ZYX) -> None:
+    """One chunk after the other, so that memory holds no second copy of the case."""
     chunks, blocks = chunks_and_blocks(values.shape, patch_shape_zyx, values.itemsize)
     # One thread: cases are written by several processes side by side.
     parameters = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
-    return blosc2.asarray(values, chunks=chunks, blocks=blocks, cparams=parameters).to_cframe()
+    try:
+        blosc2.asarray(values, chunks=chunks, blocks=blocks, cparams=parameters, urlpath=str(path), mode="w")
+    except RuntimeError as problem:  # blosc2 does not hand on what the system said
+        free = shutil.disk_usage(path.parent).free
+        needed = f"{values.nbytes / 1e6:.1f} MB before compression"
+        raise OSError(f"{problem}; {free / 1e6:.1f} MB are free there, the array has {needed}") from problem
 
 
 def _case_folder(folder: Path, case_id: str) -> Path:
