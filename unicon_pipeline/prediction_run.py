@@ -24,7 +24,7 @@ RUN_FILE = "run.json"
 class TaskRun:
     """One task on one case. `modalities`: those that were used. `warnings`: what a person should look at.
 
-    `tiles`: positions of the sliding window; `air_tiles`: how many of them were left out, as nothing but air.
+    `tiles`: of the sliding window, computed; `air_tiles`: left out, as nothing but air.
     """
 
     task: str

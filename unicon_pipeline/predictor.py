@@ -27,7 +27,7 @@ from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.prediction_run import Arithmetic, TaskRun
 from unicon_pipeline.prepare import PreparedCase, prepare_case
 from unicon_pipeline.records import sha256_json, to_dict
-from unicon_pipeline.sliding_window import Slab, Tile, Window, whole_logits, window_slabs
+from unicon_pipeline.sliding_window import Slab, Window, whole_logits, window_slabs
 
 _NOTHING_FOUND = "nothing was found; if that surprises, check orientation, units (HU, SUV) and field of view"
 _PREPARED_BY = ("modalities", "orientation", "spacing_zyx_mm", "intensity", "conventions")  # of a plan
@@ -156,17 +156,20 @@ class Predictor(WantedTasks):
     ) -> TaskResult:
         plan = self.plans[task]
 
-        def run(*warnings: str) -> TaskRun:
-            return TaskRun(task, prepared.present, round(time.monotonic() - started, 3), warnings)
+        def run(*warnings: str, tiles: int = 0, air_tiles: int = 0) -> TaskRun:
+            return TaskRun(task, prepared.present, round(time.monotonic() - started, 3), warnings, tiles, air_tiles)
 
         if plan.labels is None:
             return TaskResult(run(), scores=self._scores(task, prepared))
+        tiles = air_tiles = 0
         export = CaseExport(plan.labels, prepared.geometry, self._last_layers.get(task), probabilities_in)
         for slab in self.slabs(task, prepared):
             maps, seen = (None if tensor is None else tensor.numpy() for tensor in (slab.maps_kzyx, slab.seen_zyx))
             export.add(maps, seen, slab.rows.stop - slab.rows.start)
+            tiles, air_tiles = tiles + slab.tiles, air_tiles + slab.air_tiles
         labels, probabilities = export.result()
-        return TaskResult(run() if labels.array_zyx.any() else run(_NOTHING_FOUND), labels, probabilities)
+        warnings = () if labels.array_zyx.any() else (_NOTHING_FOUND,)
+        return TaskResult(run(*warnings, tiles=tiles, air_tiles=air_tiles), labels, probabilities)
 
     def slabs(self, task: str, prepared: PreparedCase) -> Iterator[Slab]:
         """What the network gives for a prepared case, from its first row to its last.
@@ -178,7 +181,8 @@ class Predictor(WantedTasks):
         mirror_axes = plan.conventions.mirror_axes if self.options.tta else ()
         window = Window(plan.patch_shape_zyx, plan.air, self.precision, mirror_axes)
         present = tuple(name in prepared.present for name in plan.modalities)
-        for slab in window_slabs(self._networks[task], prepared.array_czyx, present, window, self._air(prepared)):
+        is_air = None if self.options.compute_air or prepared.body is None else prepared.body.is_air
+        for slab in window_slabs(self._networks[task], prepared.array_czyx, present, window, is_air):
             if slab.maps_kzyx is not None:
                 _check_finite(task, slab.maps_kzyx)
             yield slab
@@ -188,10 +192,6 @@ class Predictor(WantedTasks):
         logits = whole_logits(self._networks[task], prepared.array_czyx, present, self.precision)
         _check_finite(task, logits)
         return dict(zip(self.task_plans[task].native.outputs, logits.sigmoid().tolist(), strict=True))
-
-    def _air(self, prepared: PreparedCase) -> Callable[[Tile], bool] | None:
-        return None
-
 
 def _as_one(layers: list[nn.Conv3d]) -> LastLayer:
     """The mean of layers that each read their own maps, as one layer that reads these side by side."""

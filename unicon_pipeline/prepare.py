@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unicon_pipeline.air import BodyHull
 from unicon_pipeline.contract import ZYX, IntensityRule, SpacingZYX
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.geometry import Grid, Volume, orient
@@ -34,12 +35,16 @@ class CaseGeometry:
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """Network input: float32 (C, Z, Y, X), channels in the plan's order, absent ones zero; labels in step."""
+    """Network input: float32 (C, Z, Y, X), channels in the plan's order, absent ones zero; labels in step.
+
+    `body`: where more than air is, on the network's grid; None where that is everywhere, or not known.
+    """
 
     array_czyx: np.ndarray
     present: tuple[str, ...]
     labels_zyx: np.ndarray | None
     geometry: CaseGeometry
+    body: BodyHull | None = None
 
 
 def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | None = None) -> PreparedCase:
@@ -67,6 +72,7 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
     box = _with_labels(_crop_box(turned, nonzero, plan.conventions.crop), turned_labels)
     cropped: ZYX = tuple(side.stop - side.start for side in box)
     shape = resized_shape(cropped, oriented.spacing_zyx_mm, plan.spacing_zyx_mm)
+    body = BodyHull.of(turned, box, shape) if labels is None and plan.view == "patch" else None  # only to predict
     array_czyx = np.zeros((len(plan.modalities), *shape), np.float32)
     orders = axis_orders(oriented.spacing_zyx_mm, plan.spacing_zyx_mm, IMAGE_ORDER)
     for name in sorted(present, key=lambda name: -turned[name].array_zyx.nbytes):  # the largest is freed first
@@ -84,7 +90,7 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
         resized_shape_zyx=shape,
         network_spacing_zyx_mm=plan.spacing_zyx_mm,
     )
-    prepared = PreparedCase(array_czyx, present, labels_zyx, geometry)
+    prepared = PreparedCase(array_czyx, present, labels_zyx, geometry, body)
     return _whole_view(prepared, plan) if plan.view == "volume" else prepared
 
 

@@ -54,12 +54,14 @@ class Slab:
     """The weighted mean of what the network gave for the `rows` (z) of a case.
 
     `maps_kzyx`: float32 on the CPU, None where no tile was computed. `seen_zyx`: where tiles were computed, None where
-    everywhere.
+    everywhere. `tiles`, `air_tiles`: how many were computed for it, and how many were left out.
     """
 
     rows: slice
     maps_kzyx: Tensor | None
-    seen_zyx: Tensor | None = None
+    seen_zyx: Tensor | None
+    tiles: int
+    air_tiles: int
 
 
 @torch.inference_mode()
@@ -83,15 +85,13 @@ def window_slabs(
     z_starts, *yx_starts = tile_starts(images.shape[1:], window.tile_zyx, window.step)
     passes, sums = _Passes(network, present, window), _Sums(images.shape[1:], window.tile_zyx)
     for z, following in zip(z_starts, (*z_starts[1:], images.shape[1])):
-        tiles = [_tile((z, y, x), window.tile_zyx) for y, x in itertools.product(*yx_starts)]
-        if is_air is not None:
-            tiles = [tile for tile in tiles if not is_air(_shifted(tile, inner))]
+        every = [_tile((z, y, x), window.tile_zyx) for y, x in itertools.product(*yx_starts)]
+        tiles = [tile for tile in every if is_air is None or not is_air(_shifted(tile, inner))]
         for batch, output in passes(images, tiles):
             sums.add(batch, output, z)
         rows = slice(max(z, inner[0].start), min(following, inner[0].stop))
-        if rows.start < rows.stop:
-            own = slice(rows.start - z, rows.stop - z)
-            yield Slab(_shift(rows, inner[0]), *sums.mean(own, inner[1:]))
+        maps, seen = sums.mean(_shift(rows, slice(z, None)), inner[1:])
+        yield Slab(_shift(rows, inner[0]), maps, seen, len(tiles), len(every) - len(tiles))
         sums.advance(following - z)
 
 

@@ -257,7 +257,7 @@ def _write_chunks(path: Path, values: np.ndarray, patch_shape_zyx: ZYX) -> None:
     """One chunk after the other, so that memory holds no second copy of the case."""
     chunks, blocks = chunks_and_blocks(values.shape, patch_shape_zyx, values.itemsize)
     # One thread: cases are written by several processes side by side.
-    parameters = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
+    parameters = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, filters=[blosc2.Filter.NOFILTER], nthreads=1)
     try:
         blosc2.asarray(values, chunks=chunks, blocks=blocks, cparams=parameters, urlpath=str(path), mode="w")
     except RuntimeError as problem:  # blosc2 does not hand on what the system said

@@ -3,19 +3,17 @@
     python tests/benchmarks/store_reading.py [--preprocessed FOLDER] [--cases 3] [--patches 100]
 
 Both sides store the same arrays and read the same patches of image and labels, one thread, in turns, as their data
-loaders do: open the case, then cut the patch out of both arrays. FOLDER holds cases that nnU-Net has preprocessed
+loaders do: nnU-Net's opens the case anew for each patch, ours keeps it open. `cut` is the reading alone, without
+opening, in ms. FOLDER holds cases that nnU-Net has preprocessed
 (`<case>.b2nd`, `<case>_seg.b2nd`); without it, cases of CT and PET are made: 2 x 200 x 300 x 300, smooth shapes with
 noise, once quantised as an image that keeps its spacing is, once interpolated as a resampled one is.
 
 `decompressed` counts the bytes of all blocks that a patch touches, from the shapes; a patch itself has `patch` bytes.
-`from disk` is what the kernel had to read for one patch of a file that it held no page of, in pages and with its
-read-ahead (`read_bytes` of /proc/self/io, so on Linux and on a real disk only).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +29,8 @@ from unicon_pipeline import store
 PATCHES = ((32, 96, 96), (64, 128, 128), (56, 192, 192))
 META = {"present": ["CT", "PET"], "foreground": {}}
 
-Read = Callable[[str, tuple[slice, ...]], tuple[np.ndarray, np.ndarray]]
+Place = tuple[slice, ...]
+Open = Callable[[str], tuple[blosc2.NDArray, blosc2.NDArray]]
 
 
 def main() -> None:
@@ -40,9 +39,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=3)
     parser.add_argument("--patches", type=int, default=100)
     options = parser.parse_args()
-    print(
-        f"{'arrays':12}{'patch':>12}{'':>9}{'patches/s':>11}{'decompressed MB':>17}{'from disk MB':>14}{'stored MB':>11}"
-    )
+    print(f"{'arrays':12}{'patch':>12}{'':>9}{'patches/s':>11}{'cut ms':>8}{'decompressed MB':>17}{'stored MB':>11}")
     ratios = []
     for name, cases in _all_cases(options.preprocessed, options.cases):
         for patch in PATCHES:
@@ -68,19 +65,15 @@ def _all_cases(folder: Path | None, count: int) -> Iterator[tuple[str, list[tupl
 
 
 def _made(seed: int, resampled: bool) -> tuple[np.ndarray, np.ndarray]:
-    """CT and PET, normalised, and labels; about the sizes, noise and compressibility of real ones."""
+    """CT and PET, normalised, and labels; quantised as their files are, then interpolated where resampled."""
     rng = np.random.default_rng(seed)
-    shape = (200, 300, 300)
-    coarse = ndimage.zoom(rng.normal(size=(2, 10, 12, 12)), (1, 20, 25, 25), order=1)
-    ct = np.rint(300 * coarse[0] + 15 * rng.normal(size=shape)).clip(-1000, 1000)
-    pet = np.maximum(coarse[1] + 0.05 * rng.normal(size=shape), 0)
-    array = np.stack([ct / 300, np.rint(pet * 2000) / 2000]).astype(np.float32)
-    labels = (coarse[1] > 1.2).astype(np.int16)
+    shape = (200, 240, 240) if resampled else (200, 300, 300)
+    coarse = ndimage.zoom(rng.normal(size=(2, 10, 12, 12)), (1, *(size / n for size, n in zip(shape, (10, 12, 12)))))
+    ct = np.rint(300 * coarse[0] + 15 * rng.normal(size=shape)).clip(-1000, 1000) / 300
+    pet = np.rint(2000 * np.maximum(coarse[1] + 0.05 * rng.normal(size=shape), 0)) / 2000
+    array, labels = np.stack([ct, pet]).astype(np.float32), (coarse[1] > 1.2).astype(np.int16)
     if resampled:
-        array = np.stack(
-            [ndimage.zoom(channel, 1.0001, order=1, grid_mode=True)[:200, :300, :300] for channel in array]
-        )
-        array = (array + np.roll(array, 1, axis=-1) * np.float32(0.37)) / np.float32(1.37)
+        array, labels = ndimage.zoom(array, (1, 1, 1.25, 1.25), order=3), ndimage.zoom(labels, (1, 1.25, 1.25), order=0)
     return array, labels
 
 
@@ -91,27 +84,30 @@ def _compare(name: str, cases: list[tuple[np.ndarray, np.ndarray]], patch: tuple
             _store_both(folder, f"case{number}", array, labels, patch)
         places = list(_places(cases, patch, count))
         sides = {"ours": _ours(folder / "ours"), "nnU-Net": _theirs(folder / "theirs")}
-        for case_id, place in places[:3]:
-            for one, other in zip(sides["ours"](case_id, place), sides["nnU-Net"](case_id, place)):
-                np.testing.assert_array_equal(one, other)
-        seconds = {side: [] for side in sides}
+        seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for case_id, place in places:  # in turns, so that whatever else the machine does slows both
-            for side, read in sides.items():
+            patches = []
+            for side, opened in sides.items():
                 started = time.perf_counter()
-                read(case_id, place)
-                seconds[side].append(time.perf_counter() - started)
+                arrays = opened(case_id)
+                middle = time.perf_counter()
+                patches.append([array[(Ellipsis, *place)] for array in arrays])
+                ended = time.perf_counter()
+                seconds[side].append((ended - started, ended - middle))
+            for one, other in zip(*patches):
+                np.testing.assert_array_equal(one, other.reshape(one.shape))
+        medians = {side: np.median(values, axis=0) for side, values in seconds.items()}
         for side, files in (("ours", "ours"), ("nnU-Net", "theirs")):
             paths = sorted((folder / files).rglob("*.b2nd"))
             touched = _decompressed(paths, places)
-            disk = _from_disk(paths, sides[side], places[: min(20, count)])
             size = sum(path.stat().st_size for path in paths)
             print(
-                f"{name:12}{'x'.join(map(str, patch)):>12}{side:>9}{1 / np.median(seconds[side]):>11.0f}"
-                f"{touched / 1e6:>17.2f}{disk:>14}{size / 1e6:>11.0f}"
+                f"{name:12}{'x'.join(map(str, patch)):>12}{side:>9}{1 / medians[side][0]:>11.0f}"
+                f"{1e3 * medians[side][1]:>8.2f}{touched / 1e6:>17.2f}{size / 1e6:>11.0f}"
             )
     voxels = int(np.prod(patch))
-    print(f"{'':12}{'':>12}{'patch':>9}{'':>11}{voxels * (4 * len(cases[0][0]) + 1) / 1e6:>17.2f}")
-    return float(np.median(seconds["nnU-Net"]) / np.median(seconds["ours"]))
+    print(f"{'':12}{'':>12}{'patch':>9}{'':>19}{voxels * (4 * len(cases[0][0]) + 1) / 1e6:>17.2f}")
+    return float(medians["nnU-Net"][0] / medians["ours"][0])
 
 
 def _store_both(folder: Path, case_id: str, array: np.ndarray, labels: np.ndarray, patch: tuple[int, int, int]) -> None:
@@ -128,7 +124,7 @@ def _store_both(folder: Path, case_id: str, array: np.ndarray, labels: np.ndarra
 
 def _places(
     cases: list[tuple[np.ndarray, np.ndarray]], patch: tuple[int, int, int], count: int
-) -> Iterator[tuple[str, tuple[slice, ...]]]:
+) -> Iterator[tuple[str, Place]]:
     rng = np.random.default_rng(0)
     for _ in range(count):
         number = int(rng.integers(len(cases)))
@@ -136,25 +132,17 @@ def _places(
         yield f"case{number}", tuple(slice(start, start + edge) for start, edge in zip(starts, patch))
 
 
-def _ours(folder: Path) -> Read:
-    def read(case_id: str, place: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
-        case = store.open_case(folder, case_id)
-        return case.array[(slice(None), *place)], case.labels[place]
-
-    return read
+def _ours(folder: Path) -> Open:
+    cases = {case_id: store.open_case(folder, case_id) for case_id in store.stored_case_ids(folder)}
+    return lambda case_id: (cases[case_id].array, cases[case_id].labels)
 
 
-def _theirs(folder: Path) -> Read:
+def _theirs(folder: Path) -> Open:
     dataset = nnUNetDatasetBlosc2(str(folder))
-
-    def read(case_id: str, place: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
-        array, segmentation, _, _ = dataset.load_case(case_id)
-        return array[(slice(None), *place)], segmentation[(slice(None), *place)][0]
-
-    return read
+    return lambda case_id: dataset.load_case(case_id)[:2]
 
 
-def _decompressed(paths: list[Path], places: list[tuple[str, tuple[slice, ...]]]) -> float:
+def _decompressed(paths: list[Path], places: list[tuple[str, Place]]) -> float:
     """Mean bytes of the blocks that a patch touches, image and labels together."""
     layouts = {path: _layout(path) for path in paths}
     total = 0
@@ -180,26 +168,6 @@ def _touched(place: slice, size: int, chunk: int, block: int) -> int:
             high = min(low + block, start + chunk)
             total += (high - low) * (low < place.stop and high > place.start)
     return total
-
-
-def _from_disk(paths: list[Path], read: Read, places: list[tuple[str, tuple[slice, ...]]]) -> str:
-    if not hasattr(os, "posix_fadvise") or not Path("/proc/self/io").exists():
-        return "-"
-    total = 0
-    for case_id, place in places:
-        for path in paths:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        before = _read_bytes()
-        read(case_id, place)
-        total += _read_bytes() - before
-    return f"{total / len(places) / 1e6:.2f}" if total else "-"
-
-
-def _read_bytes() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 if __name__ == "__main__":
