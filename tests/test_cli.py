@@ -328,8 +328,9 @@ def test_predict_passes_its_options_and_status(status, stand_in, work, capsys):
     assert cli.main_predict([*arguments, "--save-probabilities", "--precision", "bf16"]) == status
     (call,) = stand.calls
     assert list(call.values())[:3] == [work, work / "out", work / "m"]
-    named = {"tasks": ["A", "B"], "device": "auto", "precision": "bf16", "save_probabilities": True, "tta": False}
-    assert named.items() <= call.items()
+    assert (call["tasks"], call["save_probabilities"], call["resume"], call["part"]) == (["A", "B"], True, False, None)
+    named = {"device": "auto", "precision": "bf16", "tta": False, "compute_air": False}
+    assert named.items() <= {**call, **call.get("options", {})}.items()
     assert capsys.readouterr().out == "summary\n"
 
 

@@ -201,6 +201,7 @@ class TestRefused:
         (tmp_path / "image.mha").write_bytes(text + voxels)
         np.testing.assert_array_equal(geometry.read_image(tmp_path / "image.mha").array_zyx, noise())
 
+
 class TestSkew:
     def skewed(self, tmp_path, degrees):
         data = nifti_bytes(tmp_path, noise())

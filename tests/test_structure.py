@@ -28,8 +28,8 @@ ORDER = """
     machine weights checkpoint foundation native families families.dna_encoders stems adapters heads model
     model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet families.ctvit
     families.zero_shot families.monai_encoders families.primus families.nnssl losses augment loader metrics training
-    sliding_window verify importer extend pretrain inference_form export prediction_run predictor predict evaluate
-    info demo option_types command_line cli
+    sliding_window inference_form export evidence verify importer extend pretrain prediction_run predictor predict
+    evaluate info demo option_types command_line cli
 """.split()
 
 TORCH_FREE = """

@@ -77,6 +77,8 @@ def main_import(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text-encoder", type=existing_folder, metavar="DIR", help=text_help)
     findings_help = "CT-CLIP: a JSON file with ready text latents of the findings"
     parser.add_argument("--findings", type=existing_path, metavar="FILE", help=findings_help)
+    images_help = "a few cases, to measure whether reduced precision changes what the task finds: if not, it is used"
+    parser.add_argument("--images", type=existing_path, metavar="DIR", help=images_help)
     parser.add_argument("--licence", metavar="TEXT", help="the licence of the weights, where the checkpoint has none")
     parser.add_argument("--origin", metavar="TEXT", help="where the checkpoint came from")
     return run(parser, _import, argv)
@@ -95,6 +97,7 @@ def _import(options: Namespace) -> int:
         fold=options.fold,
         text_encoder=options.text_encoder,
         findings=options.findings,
+        images=options.images,
     )
     folder = import_checkpoint(options.checkpoint, options.model, family=options.family, options=details)
     show(format_description(describe(folder.path)))

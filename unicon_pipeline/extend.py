@@ -15,6 +15,7 @@ from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.dataset import read_task
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
 from unicon_pipeline.errors import PlanError
+from unicon_pipeline.evidence import reduced_precision_evidence
 from unicon_pipeline.extension_plan import (
     ExtensionPlan,
     Schedule,
@@ -161,9 +162,10 @@ class _Extension:
         result = self._train(resume)
         self.model.eval()
         validation = self._validate()
+        evidence = self._evidence()
         self.model.cpu()
         plan = TaskPlan(self.planned.plan, self.extension)
-        entry = self.folder.add_task(plan, self.model, self._card(result, validation))
+        entry = self.folder.add_task(plan, self.model, self._card(result, validation) | evidence)
         self._checkpoint.unlink(missing_ok=True)
         return ExtendResult(self.extension, entry, result, validation)
 
@@ -213,6 +215,13 @@ class _Extension:
             logger.info("validation %s: Dice %.3f", case_id, scores[case_id])
         cases = {case_id: finite_or_none(score) for case_id, score in scores.items()}
         return {"metric": "Dice", **to_dict(summarise(list(scores.values()))), "cases": cases}
+
+    def _evidence(self) -> dict[str, Any]:
+        """Whether reduced precision is good enough, by cases that were held out where there are any."""
+        case_ids = self.extension.validation_cases or self.extension.training_cases
+        cases = (open_case(self.planned.cases, case_id) for case_id in case_ids)
+        arrays = ((case.array[:], tuple(n in case.present for n in self.planned.plan.modalities)) for case in cases)
+        return reduced_precision_evidence(self.model.merged(), self.planned.plan, arrays, self.device)
 
     def _card(self, result: TrainingResult, validation: dict[str, Any] | None) -> dict[str, Any]:
         return {

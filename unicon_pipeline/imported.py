@@ -21,6 +21,7 @@ class ImportOptions:
     `orientation`: how images were turned before the network saw them. `modalities`: what its input channels are.
     `fold`: whose encoder becomes the foundation.
     `text_encoder`: a folder with the tokenizer of the checkpoint's text encoder; `findings`: ready text latents.
+    `images`: a few cases of the checkpoint's own task, to measure reduced precision on.
     """
 
     orientation: str | None = None
@@ -30,6 +31,7 @@ class ImportOptions:
     fold: int | None = None
     text_encoder: Path | None = None
     findings: Path | None = None
+    images: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,18 @@ from pathlib import Path
 
 from unicon_pipeline.checkpoint import Checkpoint, read_checkpoint
 from unicon_pipeline.contract import NOT_STATED
-from unicon_pipeline.dataset import is_safe_name
+from unicon_pipeline.dataset import is_safe_name, prediction_cases
+from unicon_pipeline.device import choose_device
 from unicon_pipeline.errors import CheckpointError
+from unicon_pipeline.evidence import reduced_precision_evidence
 from unicon_pipeline.families import build_foundation, build_native, family_module
 from unicon_pipeline.families.nnunet import convert_folder, find_model_folder
 from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.imported import Imported, ImportOptions, NativeTask
+from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder, create_model
 from unicon_pipeline.model_record import CHAIN_FILE
+from unicon_pipeline.prepare import prepare_case
 from unicon_pipeline.records import atomic_path
 from unicon_pipeline.verify import probe, verify
 from unicon_pipeline.weights import canonical_state, load_exactly
@@ -36,7 +40,8 @@ FAMILIES = {
 NNUNET, OWN = "nnunet", "unicon"
 FAMILY_NAMES = (NNUNET, *FAMILIES, OWN)
 
-# What of ImportOptions a family can use, beside licence and origin.
+_ALWAYS_OF_USE = {"licence", "origin", "images"}
+# What of ImportOptions a family can use, beside these.
 _USES = {
     NNUNET: {"orientation", "modalities", "fold"},
     "nnssl": {"orientation", "modalities"},
@@ -72,7 +77,7 @@ def import_checkpoint(
     if imported.spec.licence == NOT_STATED:
         logger.warning("%s does not state its licence. Find it out, and give it with --licence.", source)
     foundation = _loaded_foundation(imported)
-    cards = [_card(task, foundation) for task in imported.tasks]
+    cards = [_card(task, foundation, options.images) for task in imported.tasks]
     folder = create_model(model, imported.spec, imported.weights)
     for task, card in zip(imported.tasks, cards, strict=True):
         folder.add_native(task.plan, task.weights, card)
@@ -88,7 +93,7 @@ def _convert(source: Path, family: str | None, options: ImportOptions) -> Import
     logger.info("%s is of the family %s.", source, family)
     if family not in (NNUNET, *FAMILIES):
         raise CheckpointError(f"{source} is no folder of the family {family}; known are {', '.join(FAMILY_NAMES)}.")
-    given = {name for name, value in vars(options).items() if value is not None} - {"licence", "origin"}
+    given = {name for name, value in vars(options).items() if value is not None} - _ALWAYS_OF_USE
     if useless := sorted(given - _USES[family]):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
         raise CheckpointError(f"{names}: a checkpoint of the family {family} has no use for it. Leave it out.")
@@ -123,13 +128,19 @@ def _loaded_foundation(imported: Imported) -> Foundation:
     return freeze(foundation)
 
 
-def _card(task: NativeTask, foundation: Foundation) -> dict:
+def _card(task: NativeTask, foundation: Foundation, images: Path | None) -> dict:
     name = task.plan.data.task
     if not is_safe_name(name):
         raise CheckpointError(f"The checkpoint's own task is named {name!r}, which cannot name a folder.")
     network = build_native(task.plan.native, foundation)
     load_exactly(network.own_state(), task.weights, f"the converted task {name}")
-    return {**task.card, "probe": probe(freeze(network), task.plan.data)}
+    evidence, plan = {}, task.plan.data
+    if images is not None:
+        cases = prediction_cases(images, dict(enumerate(plan.modalities)))
+        prepared = (prepare_case(read_in_units(case), plan) for case in cases)
+        arrays = ((case.array_czyx, tuple(name in case.present for name in plan.modalities)) for case in prepared)
+        evidence = reduced_precision_evidence(freeze(network), plan, arrays, choose_device("auto"))
+    return {**task.card, **evidence, "probe": probe(freeze(network), plan)}
 
 
 def _copied(source: Path, model: Path) -> ModelFolder:

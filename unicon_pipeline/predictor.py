@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
 from unicon_pipeline.errors import CheckpointError, PredictionError
+from unicon_pipeline.evidence import trusted_precision
 from unicon_pipeline.export import CaseExport, LastLayer
 from unicon_pipeline.geometry import Volume
 from unicon_pipeline.inference_form import inference_form
@@ -106,7 +108,7 @@ class Predictor(WantedTasks):
     def __init__(self, folder: ModelFolder, tasks: Sequence[str] | None, options: Options):
         super().__init__(folder, tasks)
         self.options, self.device = options, choose_device(options.device)
-        self.precision = choose_precision(options.precision, self.device)
+        self.precisions = {task: self._precision(folder.card(task)) for task in self.tasks}
         foundation = folder.foundation()
         self._networks: dict[str, nn.Module] = {}
         self._last_layers: dict[str, LastLayer] = {}
@@ -115,7 +117,9 @@ class Predictor(WantedTasks):
 
     def arithmetic(self) -> Arithmetic:
         """What decides the bits of its results, besides the model."""
-        return Arithmetic(str(self.precision).removeprefix("torch."), machine_facts(self.device))
+        names = {task: str(precision).removeprefix("torch.") for task, precision in self.precisions.items()}
+        alike = set(names.values()) if len(set(names.values())) == 1 else (f"{t}: {name}" for t, name in names.items())
+        return Arithmetic(", ".join(alike), machine_facts(self.device))
 
     def predict(
         self, images: dict[str, Volume], tasks: Sequence[str], probabilities_in: Callable[[str], Path | None]
@@ -141,9 +145,14 @@ class Predictor(WantedTasks):
                 yield self._predict(task, prepared, probabilities_in(task), started)
                 started = time.monotonic()
 
+    def _precision(self, card: dict[str, Any]) -> torch.dtype:
+        if self.options.precision == "auto":
+            return trusted_precision(card, self.device)
+        return choose_precision(self.options.precision, self.device)
+
     def _load(self, task: str, model: TaskModel | NativeModel) -> None:
         merged = model.merged()
-        network = inference_form(merged, self.device, self.precision)
+        network = inference_form(merged, self.device, self.precisions[task])
         layers, labels = merged.last_layers(), self.plans[task].labels
         # Many classes: what the last layer gets is fewer maps to sum up and to resize than what it gives.
         if labels is not None and layers and sum(layer.in_channels for layer in layers) < labels.output_channels:
@@ -179,7 +188,7 @@ class Predictor(WantedTasks):
         """
         plan = self.plans[task]
         mirror_axes = plan.conventions.mirror_axes if self.options.tta else ()
-        window = Window(plan.patch_shape_zyx, plan.air, self.precision, mirror_axes)
+        window = Window(plan.patch_shape_zyx, plan.air, self.precisions[task], mirror_axes)
         present = tuple(name in prepared.present for name in plan.modalities)
         is_air = None if self.options.compute_air or prepared.body is None else prepared.body.is_air
         for slab in window_slabs(self._networks[task], prepared.array_czyx, present, window, is_air):
@@ -189,7 +198,7 @@ class Predictor(WantedTasks):
 
     def _scores(self, task: str, prepared: PreparedCase) -> dict[str, float]:
         present = tuple(name in prepared.present for name in self.plans[task].modalities)
-        logits = whole_logits(self._networks[task], prepared.array_czyx, present, self.precision)
+        logits = whole_logits(self._networks[task], prepared.array_czyx, present, self.precisions[task])
         _check_finite(task, logits)
         return dict(zip(self.task_plans[task].native.outputs, logits.sigmoid().tolist(), strict=True))
 

@@ -8,14 +8,19 @@ Arrays are blosc2. A *block* is what is decompressed at once, a *chunk* is a gro
 channel. Blocks have a quarter of the patch's edge on every axis, so a patch at a random place touches
 at most (5/4)^3, about twice, its own voxels; much smaller blocks cost more calls than they save and
 blocks of a whole patch decompress up to eight times as much. Chunks have the patch's size. Measured on
-real CT+PET (2 x 59 x 141 x 139, patch 32 x 96 x 96, one thread, milliseconds for open and read; size):
+real CT+PET (three cases, patch 32 x 96 x 96, one thread): ms to read a patch, and the share of the bytes
+that is stored, of images at their own spacing and of resampled ones (tests/benchmarks/store_reading.py
+compares with nnU-Net's store):
 
-    LZ4 level 1, shuffle      1.2 ms  7.9 MB      Zstandard level 1, shuffle     2.5 ms  7.2 MB
-    LZ4 level 1, bitshuffle   1.2 ms  7.8 MB      Zstandard level 1, bitshuffle  1.9 ms  7.5 MB
-    Zstandard, one block per patch   4.3 ms       uncompressed 9.3 MB
+                               own spacing       resampled
+    LZ4 level 1               1.1 ms  76 %     0.5 ms  93 %
+    LZ4 level 1, shuffle      1.0 ms  72 %     1.0 ms  78 %
+    LZ4 level 1, bitshuffle   1.1 ms  73 %     1.1 ms  80 %
+    LZ4HC level 5, shuffle    0.9 ms  66 %     0.8 ms  73 %     written five times as slowly, or more
+    Zstandard 1, shuffle      3.8 ms  60 %     2.4 ms  70 %
 
-The data loader reads far more often than anything is written, and interpolated values hardly compress
-any better at higher levels: LZ4 with byte shuffle.
+The data loader reads far more often than anything is written, and most images are resampled: LZ4 and no
+filter. What does not compress is stored as it is, and reading it is copying.
 """
 
 from __future__ import annotations
@@ -135,9 +140,7 @@ def open_case(folder: Path, case_id: str) -> StoredCase:
             found = "is missing" if size is None else f"has {size} bytes"
             raise _damaged(path, f"{found}, {entry['bytes']} were written")
         try:
-            arrays[name] = blosc2.open(
-                str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1)
-            )
+            arrays[name] = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
         except (RuntimeError, ValueError, OSError) as problem:
             raise _damaged(path, f"cannot be opened ({problem})") from problem
     array, labels = arrays[IMAGE_FILE], arrays.get(LABELS_FILE)

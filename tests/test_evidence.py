@@ -1,0 +1,75 @@
+"""Reduced precision: measured against float32, kept on the card, used only where the card speaks for it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_prepare import plan as data_plan
+
+from unicon_pipeline import evidence
+from unicon_pipeline.evidence import CARD_KEY, Evidence, reduced_precision_evidence, trusted_precision
+
+CPU = torch.device("cpu")
+PLAN = dataclasses.replace(data_plan((1.0, 1.0, 1.0), shape=(16, 16, 16)), modalities=("CT", "PET"))
+
+
+class Threshold(torch.nn.Module):
+    """Three channels: 0, the first image, the second; in bfloat16 the images are rounded."""
+
+    def forward(self, images, present):
+        if torch.is_autocast_enabled("cpu"):
+            images = images.bfloat16().float()
+        return [torch.cat((torch.zeros_like(images[:, :1]), images - 0.5), dim=1)]
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    monkeypatch.setattr(evidence, "choose_precision", lambda name, device: torch.bfloat16)
+
+
+def measured(arrays):
+    return reduced_precision_evidence(Threshold(), PLAN, ((array, (True, True)) for array in arrays), CPU)
+
+
+def test_dice_and_changed_voxels_are_those_of_the_labels(bfloat16):
+    array = np.zeros((2, 16, 16, 20), np.float32)
+    array[0, :4], array[1, 8:12] = 0.9, 0.8
+    array[0, 5, 0, :10] = 0.5009  # rounds to 0.5 and is lost
+    found = measured([array])[CARD_KEY]
+    labelled = 8 * 16 * 20
+    assert found["precision"] == "bfloat16"
+    assert found["dice"] == [round(2 * labelled / (2 * labelled + 10), 6)]
+    assert found["changed"] == pytest.approx(10 / array[0].size)
+
+
+def test_the_first_cases_count_and_those_without_a_finding_do_not(bfloat16):
+    array = np.zeros((2, 16, 16, 16), np.float32)
+    array[0, :4] = 0.9
+    assert measured([array, np.zeros_like(array), array, np.full_like(array, np.nan)])[CARD_KEY]["dice"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "card, expected",
+    [
+        ({}, torch.float32),
+        ({"precision": "bfloat16", "dice": [0.999, 0.996], "changed": 0.0}, torch.bfloat16),
+        ({"precision": "bfloat16", "dice": [0.999, 0.99], "changed": 0.0}, torch.float32),
+        ({"precision": "bfloat16", "dice": [], "changed": 0.0}, torch.float32),
+        ({"precision": "float16", "dice": [1.0], "changed": 0.0}, torch.float32),
+    ],
+)
+def test_only_what_was_measured_well_is_trusted(card, expected, bfloat16):
+    assert trusted_precision({CARD_KEY: card} if card else {}, CPU) is expected
+
+
+def test_no_evidence_where_there_is_no_reduced_precision(monkeypatch):
+    monkeypatch.setattr(evidence, "choose_precision", lambda name, device: torch.float32)
+    assert measured([np.zeros((2, 16, 16, 16), np.float32)]) == {}
+    assert trusted_precision({CARD_KEY: {"precision": "bfloat16", "dice": [1.0], "changed": 0.0}}, CPU) is torch.float32
+
+
+def test_what_people_are_told():
+    assert "lowest Dice 0.9970" in evidence.described(Evidence("bfloat16", (0.999, 0.997), 0.001))
+    assert "only when asked for" in evidence.described(Evidence("bfloat16", (0.9,), 0.01))
+    assert "nothing was found" in evidence.described(Evidence("bfloat16", (), 0.0))
