@@ -53,6 +53,7 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.66",
         "blosc2>=3.3",
+        "isal>=1.7",
         "threadpoolctl>=3.1",
         "surface-distance>=0.1",
     ],

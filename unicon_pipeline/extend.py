@@ -15,7 +15,7 @@ from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.dataset import read_task
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
 from unicon_pipeline.errors import PlanError
-from unicon_pipeline.evidence import reduced_precision_evidence
+from unicon_pipeline.evidence import measure_shortcuts
 from unicon_pipeline.extension_plan import (
     ExtensionPlan,
     Schedule,
@@ -217,11 +217,12 @@ class _Extension:
         return {"metric": "Dice", **to_dict(summarise(list(scores.values()))), "cases": cases}
 
     def _evidence(self) -> dict[str, Any]:
-        """Whether reduced precision is good enough, by cases that were held out where there are any."""
+        """What may be done faster, by cases that were held out where there are any."""
         case_ids = self.extension.validation_cases or self.extension.training_cases
         cases = (open_case(self.planned.cases, case_id) for case_id in case_ids)
         arrays = ((case.array[:], tuple(n in case.present for n in self.planned.plan.modalities)) for case in cases)
-        return reduced_precision_evidence(self.model.merged(), self.planned.plan, arrays, self.device)
+        contract = self.folder.spec().input
+        return measure_shortcuts(self.model.merged(), self.planned.plan, contract, arrays, self.device)
 
     def _card(self, result: TrainingResult, validation: dict[str, Any] | None) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ from unicon_pipeline.contract import NOT_STATED
 from unicon_pipeline.dataset import is_safe_name, prediction_cases
 from unicon_pipeline.device import choose_device
 from unicon_pipeline.errors import CheckpointError
-from unicon_pipeline.evidence import reduced_precision_evidence
+from unicon_pipeline.evidence import measure_shortcuts
 from unicon_pipeline.families import build_foundation, build_native, family_module
 from unicon_pipeline.families.nnunet import convert_folder, find_model_folder
 from unicon_pipeline.foundation import Foundation, freeze
@@ -139,7 +139,7 @@ def _card(task: NativeTask, foundation: Foundation, images: Path | None) -> dict
         cases = prediction_cases(images, dict(enumerate(plan.modalities)))
         prepared = (prepare_case(read_in_units(case), plan) for case in cases)
         arrays = ((case.array_czyx, tuple(name in case.present for name in plan.modalities)) for case in prepared)
-        evidence = reduced_precision_evidence(freeze(network), plan, arrays, choose_device("auto"))
+        evidence = measure_shortcuts(freeze(network), plan, foundation.spec.input, arrays, choose_device("auto"))
     return {**task.card, **evidence, "probe": probe(freeze(network), plan)}
 
 
