@@ -57,7 +57,8 @@ def test_dice_and_changed_voxels_are_those_of_the_labels(bfloat16):
 def test_the_first_cases_count_and_those_without_a_finding_do_not(bfloat16):
     array = np.zeros((2, 16, 16, 16), np.float32)
     array[0, :4] = 0.9
-    assert measured([array, np.zeros_like(array), array, np.full_like(array, np.nan)])["reduced_precision"]["dice"] == [1.0, 1.0]
+    card = measured([array, np.zeros_like(array), array, np.full_like(array, np.nan)])
+    assert card["reduced_precision"]["dice"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,8 @@ def test_only_what_was_measured_well_is_trusted(card, expected, bfloat16):
 def test_no_evidence_where_there_is_no_reduced_precision(monkeypatch):
     monkeypatch.setattr(evidence, "choose_precision", lambda name, device: torch.float32)
     assert measured([np.zeros((2, 16, 16, 16), np.float32)]) .keys() <= {"fast"}
-    assert trusted_precision({"reduced_precision": {"precision": "bfloat16", "dice": [1.0], "changed": 0.0}}, CPU) is torch.float32
+    card = {"reduced_precision": {"precision": "bfloat16", "dice": [1.0], "changed": 0.0}}
+    assert trusted_precision(card, CPU) is torch.float32
 
 
 def test_what_people_are_told():

@@ -265,3 +265,15 @@ class TestDamage:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 40 << 20
+
+
+def test_voxels_are_counted_by_the_header_alone(tmp_path):
+    data = file_bytes(tmp_path)
+    for name, content in (("plain.nii", data), ("packed.nii.gz", gzip.compress(data))):
+        (tmp_path / name).write_bytes(content[: len(content) * 3 // 4])
+        whole = tmp_path / f"whole_{name}"
+        whole.write_bytes(content)
+        assert nifti.declared_voxels(whole) == nifti.read_nifti(whole)[0].size
+    assert nifti.declared_voxels(tmp_path / "plain.nii") == nifti.declared_voxels(tmp_path / "whole_plain.nii")
+    (tmp_path / "none.nii.gz").write_bytes(b"no image")
+    assert nifti.declared_voxels(tmp_path / "none.nii.gz") is None

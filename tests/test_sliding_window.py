@@ -27,6 +27,7 @@ from unicon_pipeline.sliding_window import (
         (97, 64, (0, 16, 33)),  # np.round takes 16.5 to the even 16
         (110, 64, (0, 23, 46)),  # nnU-Net's own example
         (200, 64, (0, 27, 54, 82, 109, 136)),
+        (4, 1, (0, 1, 2, 3)),
     ],
 )
 def test_tile_positions(size, tile, expected):

@@ -29,7 +29,7 @@ ORDER = """
     model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet families.ctvit
     families.zero_shot families.monai_encoders families.primus families.nnssl losses augment loader metrics training
     sliding_window inference_form export evidence verify importer extend pretrain prediction_run predictor predict
-    evaluate info demo option_types command_line cli
+    array_api evaluate info demo option_types command_line cli
 """.split()
 
 TORCH_FREE = """

@@ -236,7 +236,7 @@ def main_predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--task", nargs="+", metavar="TASK", help="only these tasks of the model (default: all)")
     parser.add_argument("--save-probabilities", action="store_true", help="also write each output's probability map")
     parser.add_argument("--tta", action="store_true", help="average over mirrored inputs: slower, slightly better")
-    fast_help = "fewer or larger tiles, as measured on the task's own cases: Dice of at least 0.99 against the exact run"
+    fast_help = "fewer or larger tiles, where the task's own cases showed Dice of at least 0.99 against the exact run"
     parser.add_argument("--fast", action="store_true", help=fast_help)
     air_help = "compute tiles that hold nothing but air, too"
     parser.add_argument("--compute-air", action="store_true", help=air_help)

@@ -190,17 +190,19 @@ def read_case(case: Case) -> dict[str, Volume]:
     Raises:
         DatasetError: a file is unusable, or the fields of view do not overlap.
     """
+    return on_one_grid((modality, path, read_image(path)) for modality, path in case.images.items())
+
+
+def on_one_grid(channels: Iterable[tuple[str, Path | str, Volume]]) -> dict[str, Volume]:
+    """Channels (modality, what messages call it, volume) on the grid of the first; raises and gives as `read_case`."""
     volumes: dict[str, Volume] = {}
-    reference: Grid | None = None
-    for modality, path in case.images.items():
-        volume = read_image(path)
-        if reference is None:
-            reference = volume.grid
-        elif grids_differ_mm(reference, volume.grid) > GRID_TOLERANCE_MM:
+    for modality, name, volume in channels:
+        reference = next(iter(volumes.values()), volume).grid
+        if grids_differ_mm(reference, volume.grid) > GRID_TOLERANCE_MM:
             try:
                 volume = onto_grid(volume, reference, _FILL.get(modality, 0.0))
             except DatasetError as problem:
-                raise DatasetError(f"{path}: {problem}") from problem
+                raise DatasetError(f"{name}: {problem}") from problem
         volumes[modality] = volume
     return volumes
 

@@ -33,6 +33,7 @@ CASES = 3  # on so many it is measured
 ENOUGH = 0.995  # Dice of each of them between the labels of two precisions; two experts' outlines agree far less
 FAST_ENOUGH = 0.99  # and with fewer or larger tiles, which are used only when asked for
 _PRECISION, _FAST = "reduced_precision", "fast"  # keys of the card
+Prepared = tuple[np.ndarray, tuple[bool, ...]]  # a case's array (C, Z, Y, X), and which channels it has
 _STEPS, _LARGER = (0.75, 1.0), 1.5
 
 
@@ -55,7 +56,7 @@ class PrecisionEvidence:
 
 @dataclass(frozen=True)
 class FastEvidence:
-    """The fastest window whose labels are near those of the usual one. `dice`: as above; `times_faster`: of all cases."""
+    """The fastest window whose labels are near the usual one's. `dice`: as above; `times_faster`: of all cases."""
 
     tile_zyx: ZYX
     step: float
@@ -67,14 +68,14 @@ def measure_shortcuts(
     network: nn.Module,
     plan: DataPlan,
     contract: InputContract,
-    cases: Iterable[tuple[np.ndarray, tuple[bool, ...]]],
+    cases: Iterable[Prepared],
     device: torch.device,
 ) -> dict[str, Any]:
     """What goes on a task's card; empty for tasks that judge whole cases.
 
     Args:
         network: merged, in evaluation mode.
-        cases: prepared arrays (C, Z, Y, X), and which channels each has; the first CASES are used.
+        cases: the first CASES are used.
     """
     if plan.labels is None or plan.view != "patch":
         return {}
@@ -117,7 +118,7 @@ class _Labelling:
     """The labels of some cases in one way of computing them, and the seconds that it took."""
 
     def __init__(
-        self, network: nn.Module, plan: DataPlan, cases: list[tuple[np.ndarray, tuple]], device: torch.device, way: Window
+        self, network: nn.Module, plan: DataPlan, cases: list[Prepared], device: torch.device, way: Window
     ):
         form = inference_form(network, device, way.precision)
         started = time.perf_counter()
@@ -139,7 +140,7 @@ def _fastest(
     network: nn.Module,
     plan: DataPlan,
     contract: InputContract,
-    cases: list[tuple[np.ndarray, tuple]],
+    cases: list[Prepared],
     device: torch.device,
     usual: _Labelling,
 ) -> FastEvidence | None:

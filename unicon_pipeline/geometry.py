@@ -263,7 +263,7 @@ def _read(path: Path, convert: Convert) -> Volume:
     if ending is None:
         raise DatasetError(f"{path}: expected an image ending in {', '.join(IMAGE_ENDINGS)}; convert it.")
     array, affine = read_nifti(path, convert) if ending.startswith(".nii") else _read_with_itk(path, ending, convert)
-    return Volume(array, _grid_of(array.shape, affine, path))
+    return Volume(array, grid_of(array.shape, affine, path))
 
 
 def _read_with_itk(path: Path, ending: str, convert: Convert) -> tuple[np.ndarray, np.ndarray]:
@@ -332,7 +332,12 @@ def _check_length(path: Path, ending: str, header: bytes, expected: int) -> None
         raise DatasetError(f"{path} is truncated or corrupt: its header promises {expected} bytes of voxels.")
 
 
-def _grid_of(shape_zyx: tuple[int, ...], affine: np.ndarray, path: Path) -> Grid:
+def grid_of(shape_zyx: tuple[int, ...], affine: np.ndarray, path: Path | str) -> Grid:
+    """The grid of an affine (4, 4: voxel index x, y, z to mm in ITK's patient axes), its axes made right-angled.
+
+    Raises:
+        DatasetError: the affine has no volume, or its axes are too far off right angles; names `path`.
+    """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or (spacing <= 0).any():
         raise DatasetError(f"{path}: spacing {spacing.tolist()} mm (x, y, z) is not valid; correct the header.")

@@ -75,6 +75,18 @@ def read_nifti(path: Path, convert: Convert | None = None) -> tuple[np.ndarray, 
     return array, header.affine_lps
 
 
+def declared_voxels(path: Path) -> int | None:
+    """How many voxels the header declares, without reading them; None where it cannot be told so."""
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with igzip.IGzipFile(fileobj=raw) if packed else raw as file:
+                return math.prod(parse_header(_read_exactly(file, HEADER_BYTES), path).shape_xyz)
+    except (OSError, EOFError, isal_zlib.error, DatasetError):
+        return None  # reading it whole will tell why
+
+
 def parse_header(block: bytes, path: Path) -> NiftiHeader:
     """Decodes and checks the 348 bytes of a NIfTI-1 header; see `read_nifti` for what is refused."""
     order = next((o for o in "<>" if struct.unpack(o + "i", block[:4])[0] == HEADER_BYTES), None)

@@ -19,6 +19,7 @@ from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_task
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task
 from unicon_pipeline.input_shape import NO_OVERRIDES, Overrides
 from unicon_pipeline.intensity import read_in_units
+from unicon_pipeline.nifti import declared_voxels
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.prepare import prepare_case
 from unicon_pipeline.progress import progress_bar
@@ -38,7 +39,7 @@ from unicon_pipeline.workers import Failure, Workers, usable_processes
 logger = logging.getLogger(__name__)
 
 _FOREGROUND_SAMPLES = 2000
-_MEGABYTES_PER_PROCESS = 2500.0  # while nothing is known of the images yet
+_UNKNOWN_IMAGE_VOXELS = 100_000_000  # of formats whose header is not read beforehand
 # Beside the channels of the result, all in float32, a case takes at most this many volumes of its larger grid.
 _FURTHER_VOLUMES = 2
 _EMPTY_PROCESS_MEGABYTES = 250.0
@@ -113,7 +114,7 @@ def plan_and_preprocess(
     """
     task = read_task(task_folder)
     folder = Path(work) / "preprocessed" / task.name
-    local = processes or usable_processes(_MEGABYTES_PER_PROCESS)
+    local = processes or usable_processes(_megabytes_to_measure(task))
     with folder_lock(folder), open_workers(local, dask) as workers:
         fingerprint = fingerprint_task(task, spec.input.orientation, workers, folder / "measured")
         write_record(folder / "fingerprint.json", fingerprint)
@@ -122,6 +123,13 @@ def plan_and_preprocess(
         at_most = processes or (usable_processes(_peak_megabytes(fingerprint, plan)) if workers.local else None)
         failed = preprocess_task(task, fingerprint, plan, folder / "cases", workers, at_most)
     return plan, {**fingerprint.failed, **failed}
+
+
+def _megabytes_to_measure(task: Task) -> float:
+    """What measuring the largest case takes, by the headers of its files."""
+    files = [path for case in task.cases for path in case.images.values()]
+    voxels = max((declared_voxels(path) or _UNKNOWN_IMAGE_VOXELS for path in files), default=0)
+    return _EMPTY_PROCESS_MEGABYTES + _FURTHER_VOLUMES * 4 * voxels / 2**20
 
 
 def _peak_megabytes(fingerprint: Fingerprint, plan: DataPlan) -> float:

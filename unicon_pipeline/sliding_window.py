@@ -116,7 +116,8 @@ def tile_starts(shape_zyx: Sequence[int], tile_zyx: ZYX, step: float = STEP) -> 
     starts = []
     for size, tile in zip(shape_zyx, tile_zyx, strict=True):
         intervals = math.ceil((size - tile) / (tile * step))
-        starts.append(tuple(int(np.round((size - tile) / max(intervals, 1) * i)) for i in range(intervals + 1)))
+        spread = (int(np.round((size - tile) / max(intervals, 1) * i)) for i in range(intervals + 1))
+        starts.append(tuple(dict.fromkeys(spread)))  # tiles of one voxel would come twice
     return tuple(starts)
 
 
