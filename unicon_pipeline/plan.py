@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -209,11 +208,14 @@ def _data_decisions(
     cases, failed = len(fingerprint.cases), fingerprint.failed
     left_out = f"left out: {', '.join(failed)}" if failed else "all usable"
     yield Decision("cases", f"{cases} of {cases + len(failed)}", left_out)
-    remarks = Counter(remark for case in fingerprint.cases for remark in case.oddities)
-    if remarks:
-        most = "; ".join(f"{remark} ({count})" for remark, count in remarks.most_common(4))
-        odd = sum(bool(case.oddities) for case in fingerprint.cases)
-        yield Decision("remarks", f"{odd} cases", most + ("; ..." if len(remarks) > 4 else ""))
+    odd = sum(bool(case.oddities) for case in fingerprint.cases)
+    told = list(fingerprint.remarks) or ([] if odd else ["nothing about the cases is odd"])
+    yield Decision("remarks", f"{odd} odd cases", "; ".join(told) or "each told above, and in fingerprint.json")
+    if follow_up := fingerprint.follow_up:
+        median = follow_up.median_follow_up_days
+        seen = "" if median is None else f"; median follow-up {median:.0f} days"
+        times = f"events from day {follow_up.event_days[0]:.0f} to {follow_up.event_days[-1]:.0f}"
+        yield Decision("outcome", f"{follow_up.events} events of {follow_up.cases}", times + seen)
     names = dict.fromkeys(name for case in fingerprint.cases for name in case.label_voxels)
     unseen = [name for name in names if not any(case.label_voxels.get(name) for case in fingerprint.cases)]
     if unseen:
