@@ -76,7 +76,7 @@ class TestRuns:
         folder = tmp_path / "work" / "preprocessed" / "Task"
         first, _ = run()
         before = snapshot(folder)
-        monkeypatch.setattr(preprocess, "read_in_units", None)
+        monkeypatch.setattr(preprocess, "read_case", None)
         monkeypatch.setattr(measure, "_read", None)
         assert run() == (first, {})
         after = snapshot(folder)

@@ -236,7 +236,7 @@ def test_damage_is_found(tmp_path):
     [
         {"schema_version": 99},
         {"case_id": "b"},
-        {"stored": {"../../secret": {"bytes": 1, "sha256": ""}}},
+        {"stored": {"../../secret": {"bytes": 1, "crc32": 0}}},
         {"stored": {}},
         {"shape_czyx": [1]},
         {"present": None},

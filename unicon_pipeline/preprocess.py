@@ -15,10 +15,9 @@ from threadpoolctl import threadpool_limits
 from unicon_pipeline.budget import Machine
 from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.dask_cluster import open_workers
-from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_task
+from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_case, read_task
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task
 from unicon_pipeline.input_shape import NO_OVERRIDES, Overrides
-from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.nifti import declared_voxels
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.prepare import prepare_case
@@ -163,7 +162,7 @@ def _preprocess_case(job: _Job, plan: DataPlan, destination: Path) -> str:
     if is_sound(destination, case.case_id) and read_meta(destination, case.case_id).get("made_from") == job.made_from:
         return "unchanged"
     with threadpool_limits(1):  # the other cores have cases of their own, and the bits must not depend on their number
-        images, labels = read_in_units(case), None
+        images, labels = read_case(case), None  # its units were checked when it was measured
         if plan.labels is not None and case.labels is not None:
             labels = check_labels(case, next(iter(images.values())).grid, plan.labels)
         prepared = prepare_case(images, plan, labels)

@@ -25,8 +25,10 @@ Record = TypeVar("Record")
 
 
 @contextmanager
-def atomic_path(destination: Path) -> Iterator[Path]:
+def atomic_path(destination: Path, durable: bool = True) -> Iterator[Path]:
     """Gives a temporary path beside `destination`; on success it is synced and renamed to it.
+
+    `durable`: waits until the disk has it; without, a power failure soon afterwards may leave a damaged file.
 
     The temporary name keeps the destination's suffixes, since image writers choose a format by them.
     On an exception the temporary file is removed and the destination is left as it was.
@@ -39,16 +41,17 @@ def atomic_path(destination: Path) -> Iterator[Path]:
         mode = aside.stat().st_mode  # as the umask wants it; some writers (safetensors) would make it private
         yield aside
         aside.chmod(mode)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(aside, destination)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, payload: Any) -> None:
-    """Writes `payload` (JSON scalars, lists, dicts) with stable formatting; NaN is refused."""
-    with atomic_path(path) as aside:
+def write_json(path: Path, payload: Any, durable: bool = True) -> None:
+    """Writes `payload` (JSON scalars, lists, dicts) with stable formatting; NaN is refused. `durable`: as above."""
+    with atomic_path(path, durable) as aside:
         aside.write_text(canonical_json(payload), encoding="utf-8")
 
 
