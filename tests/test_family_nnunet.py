@@ -25,7 +25,7 @@ from unicon_pipeline.input_shape import Overrides
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.predict import predict_folder
-from unicon_pipeline.predictor import Options, Predictor
+from unicon_pipeline.predictor import Options, Predictor, as_one_layer
 from unicon_pipeline.prepare import prepare_case
 from unicon_pipeline.preprocess import plan_and_preprocess
 from unicon_pipeline.verify import verify
@@ -239,3 +239,17 @@ def test_an_imported_model_grows_and_its_own_task_stays_bit_identical(oracle, mo
     files = sorted(path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*.nii.gz"))
     assert len(files) == 4
     assert all((tmp_path / "before" / f).read_bytes() == (tmp_path / "after" / f).read_bytes() for f in files)
+
+
+def test_without_its_last_layers_it_gives_what_makes_the_same_logits(models):
+    folder = ModelFolder(models["Dataset902_Residual"])
+    network = folder.task_model("Dataset902_Residual", folder.foundation())
+    images, present = torch.randn(1, 2, 16, 48, 40), torch.ones((1, 2), dtype=torch.bool)
+    with torch.inference_mode():
+        expected = network(images, present)[0]
+        weight, bias = as_one_layer(network.last_layers())
+        network.drop_last_layers()
+        maps = network(images, present)[0]
+    assert maps.shape[1] == weight.shape[1]
+    found = np.einsum("ck,bkzyx->bczyx", weight, maps.numpy()) + bias.reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)

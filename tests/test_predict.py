@@ -295,3 +295,10 @@ def test_machines_that_differ_are_recorded(tmp_path):
     report = record.report(["a", "b", "c"])
     assert [case.case_id for case in report.cases] == ["a", "b", "c"]
     assert report.machine == {"threads": 1} and report.other_machines == (Arithmetic("float32", {"threads": 2}),)
+
+
+def test_a_case_that_cannot_fit_the_memory_is_refused_beforehand(grown, three, tmp_path, monkeypatch):
+    monkeypatch.setattr("unicon_pipeline.predictor.free_megabytes", lambda: 0.001)
+    report = predict_folder(three, tmp_path / "out", grown.model, tasks=["CT"], device="cpu")
+    assert report.exit_code == 2
+    assert "CT needs at least 0.0 GB for this case, and 0.0 GB of memory are free" in report.cases[0].failure

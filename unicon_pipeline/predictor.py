@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from unicon_pipeline.prediction_run import Arithmetic, TaskRun
 from unicon_pipeline.prepare import PreparedCase, prepare_case
 from unicon_pipeline.records import sha256_json, to_dict
 from unicon_pipeline.sliding_window import Slab, Window, whole_logits, window_slabs
+from unicon_pipeline.workers import free_megabytes
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +178,7 @@ class Predictor(WantedTasks):
         layers, labels = merged.last_layers(), self.plans[task].labels
         # Many classes: what the last layer gets is fewer maps to sum up and to resize than what it gives.
         if labels is not None and layers and sum(layer.in_channels for layer in layers) < labels.output_channels:
-            self._last_layers[task] = _as_one(layers)
+            self._last_layers[task] = as_one_layer(layers)
             network.drop_last_layers()
         self._networks[task] = network
 
@@ -190,6 +192,7 @@ class Predictor(WantedTasks):
 
         if plan.labels is None:
             return TaskResult(run(), scores=self._scores(task, prepared))
+        self._check_memory(task, prepared)
         tiles = air_tiles = 0
         export = CaseExport(plan.labels, prepared.geometry, self._last_layers.get(task), probabilities_in)
         for slab in self.slabs(task, prepared):
@@ -213,13 +216,26 @@ class Predictor(WantedTasks):
                 _check_finite(task, slab.maps_kzyx)
             yield slab
 
+    def _check_memory(self, task: str, prepared: PreparedCase) -> None:
+        """Before hours of work: what the sums of one row of tiles and the labels take, at the least."""
+        last_layer = self._last_layers.get(task)
+        maps = self.plans[task].labels.output_channels if last_layer is None else last_layer[0].shape[1]
+        row = 4 * maps * self._windows[task].tile_zyx[0] * math.prod(prepared.geometry.resized_shape_zyx[1:])
+        needed = (2 * row + math.prod(prepared.geometry.original.shape_zyx)) / 2**20
+        free = free_megabytes()
+        if free is not None and needed > free:
+            raise PredictionError(
+                f"{task} needs at least {needed / 1024:.1f} GB for this case, and {free / 1024:.1f} GB of memory are "
+                "free. Close other programs, or predict it on a machine with more memory."
+            )
+
     def _scores(self, task: str, prepared: PreparedCase) -> dict[str, float]:
         present = tuple(name in prepared.present for name in self.plans[task].modalities)
         logits = whole_logits(self._networks[task], prepared.array_czyx, present, self.precisions[task])
         _check_finite(task, logits)
         return dict(zip(self.task_plans[task].native.outputs, logits.sigmoid().tolist(), strict=True))
 
-def _as_one(layers: list[nn.Conv3d]) -> LastLayer:
+def as_one_layer(layers: list[nn.Conv3d]) -> LastLayer:
     """The mean of layers that each read their own maps, as one layer that reads these side by side."""
     weights = [layer.weight.detach().flatten(1).numpy() for layer in layers]
     biases = [np.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach().numpy() for layer in layers]

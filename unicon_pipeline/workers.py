@@ -206,11 +206,11 @@ def _end_with(pipe: Connection) -> None:
 def usable_processes(megabytes_each: float) -> int:
     """How many processes fit the cores and the free memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = _free_megabytes()
+    free = free_megabytes()
     return max(1, cores if free is None else min(cores, int(free // megabytes_each)))
 
 
-def _free_megabytes() -> float | None:
+def free_megabytes() -> float | None:
     """Memory that programs can get; on Linux with what the file cache would give back, which is most of it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
