@@ -52,7 +52,8 @@ def test_air_is_left_out_and_no_label_in_the_body_changes(grown):
     for everything in (True, False):
         predictor = Predictor(model, ["CT"], Options("cpu", "fp32", compute_air=everything))
         plan = predictor.plans["CT"]  # that crops the air beforehand
-        predictor.plans["CT"] = dataclasses.replace(plan, conventions=dataclasses.replace(plan.conventions, crop="none"))
+        whole = dataclasses.replace(plan.conventions, crop="none")
+        predictor.plans["CT"] = dataclasses.replace(plan, conventions=whole)
         runs[everything] = predicted(predictor, volumes)["CT"]
     assert runs[True].run.air_tiles == 0 < runs[False].run.air_tiles
     assert runs[True].run.tiles == runs[False].run.tiles + runs[False].run.air_tiles

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -25,6 +26,9 @@ def work(item, offset=0, folder=None):
     if folder is not None:
         with open(folder / f"{item}.runs", "a") as file:
             file.write("x")
+    if item == "killed sending":  # while the pipe is full of the first part of it
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(400 << 20)
     if item == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if item.startswith("slow"):
@@ -54,6 +58,15 @@ def test_one_bad_item_does_not_stop_the_others(processes):
 def test_a_bug_is_raised(processes):
     with pytest.raises(ZeroDivisionError):
         list(each(work, ["a", "bug", "b"], processes))
+
+
+def test_a_process_killed_while_it_sends_is_noticed():
+    script = (
+        "import os, signal, sys, threading\nfrom test_workers import each, work\n"
+        "print([(item, type(outcome).__name__) for item, outcome in each(work, ['killed sending', 'a'], 2)])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, timeout=60)
+    assert b"('a', 'int')" in done.stdout and b"killed sending" in done.stdout
 
 
 def test_a_killed_process_is_named_and_the_others_finish(tmp_path, caplog):

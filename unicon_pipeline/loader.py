@@ -14,7 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -38,6 +38,7 @@ from unicon_pipeline.contract import ZYX
 from unicon_pipeline.errors import DatasetError, UniconError
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.store import StoredCase, open_case
+from unicon_pipeline.workers import CHECK_SECONDS, notice_death
 
 STEPS_AHEAD = 2  # finished or running batches beyond one per worker; bounds the memory
 CASES_KEPT_OPEN = 64
@@ -184,6 +185,8 @@ class BatchLoader(ABC):
             )
         while len(self._pending) < self.workers + STEPS_AHEAD:
             self._pending.append(self._pool.submit(_make_batch, self.step + len(self._pending)))
+        while not wait([self._pending[0]], CHECK_SECONDS).done:
+            notice_death(self._pool)
         result = self._pending[0].result()
         self._pending.popleft()
         return result

@@ -40,6 +40,7 @@ _KILLED = (
 _NO_MEMORY = "there is not enough memory for it; use fewer processes, or leave the case out"
 
 
+CHECK_SECONDS = 1.0  # how often is looked whether processes live, while no result comes
 WAS_KILLED = object()  # instead of an outcome
 
 
@@ -126,7 +127,10 @@ class Workers:
             for _ in range(at_once):
                 start(self._idle.pop() if self._idle else _Worker())
             while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                done, _ = wait(running, CHECK_SECONDS, FIRST_COMPLETED)
+                if not done:
+                    for worker, _ in running.values():
+                        worker.notice_death()
                 for future in done:
                     worker, item = running.pop(future)
                     dead = isinstance(future.exception(), BrokenProcessPool)
@@ -186,10 +190,28 @@ class _Worker:
         with _script_left_alone():
             return self._pool.submit(attempt, function, item, shared)
 
+    def notice_death(self) -> None:
+        notice_death(self._pool)
+
     def end(self) -> None:
         self._ours.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._theirs.close()
+
+
+def notice_death(pool: ProcessPoolExecutor) -> None:
+    """Breaks a pool of which a process has died.
+
+    A pool notices that by itself, but not where the process was killed while it sent a result: then it waits for the
+    rest of it, for ever, because others hold the sending end of that pipe too.
+    """
+    processes = list((pool._processes or {}).values())
+    if all(process.is_alive() for process in processes):
+        return
+    for process in processes:
+        process.kill()
+    if pool._result_queue is not None and not pool._result_queue._writer.closed:
+        pool._result_queue._writer.close()
 
 
 def _end_with(pipe: Connection) -> None:
