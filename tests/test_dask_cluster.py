@@ -20,6 +20,7 @@ pytest.importorskip("distributed")
 from test_workers import work
 
 import unicon_pipeline.dask_cluster as dask_cluster
+from unicon_pipeline.cli import main_plan_and_preprocess
 from unicon_pipeline.dask_cluster import dask_workers, open_workers
 from unicon_pipeline.errors import DatasetError, UniconError
 from unicon_pipeline.predict import predict_folder
@@ -183,6 +184,17 @@ def test_predictions_are_the_same_files_as_of_one_process(workers, grown, tmp_pa
     assert len(files) == 12
     for file in files:
         assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
+
+
+def test_planning_on_the_cluster_gives_the_same_files(cluster, grown, tmp_path, capsys):
+    for name, how in (("here", ("--processes", "1")), ("there", ("--dask", cluster))):
+        task = str(grown.raw("CTPET"))
+        assert main_plan_and_preprocess(["-t", task, "-w", str(tmp_path / name), "--device", "cpu", *how]) == 0
+    here, there = (tmp_path / name / "preprocessed" for name in ("here", "there"))
+    files = [path.relative_to(here) for path in here.rglob("*") if path.is_file()]
+    assert len([file for file in files if file.name == "image.b2nd"]) == 3
+    for file in files:
+        assert (here / file).read_bytes() == (there / file).read_bytes(), file
 
 
 def test_relative_paths_mean_the_same_on_the_workers(workers, tmp_path, monkeypatch):
