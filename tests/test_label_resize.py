@@ -7,27 +7,12 @@ import pytest
 from batchgenerators.augmentations.utils import resize_segmentation
 from scipy import ndimage
 from skimage.transform import resize as reference_resize
+from test_resize import PAIRS
 
 from unicon_pipeline import label_resize
 from unicon_pipeline import resize as image_resize
 from unicon_pipeline.label_resize import resize_labels
 from unicon_pipeline.resize import resize
-
-PAIRS = [
-    ((12, 14, 16), (12, 14, 16)),
-    ((12, 14, 16), (24, 28, 32)),
-    ((20, 22, 24), (10, 11, 12)),
-    ((9, 17, 13), (14, 11, 20)),
-    ((5, 40, 40), (5, 23, 31)),
-    ((30, 8, 21), (7, 29, 21)),
-    ((6, 33, 18), (17, 33, 40)),
-    ((2, 10, 10), (9, 6, 6)),
-    ((1, 12, 9), (4, 9, 12)),
-    ((11, 1, 7), (3, 1, 15)),
-    ((16, 16, 3), (5, 31, 2)),
-    ((25, 19, 8), (26, 20, 9)),
-    ((4, 5, 6), (1, 1, 1)),
-]
 
 
 def blobs(shape, values, seed=0):

@@ -99,10 +99,9 @@ def predict_folder(
     todo = [case for case in own if not (resume and _is_done(earlier.get(case.case_id), case, job))]
     if len(todo) < len(own):
         logger.info("%d of %d cases are done already.", len(own) - len(todo), len(own))
-    kept = {case_id for case_id in earlier if case_id not in {case.case_id for case in todo}}
-    output.begin_tables(kept)
+    output.begin_tables(earlier.keys() - {case.case_id for case in todo})
     try:
-        for outcome in _outcomes(todo, job, workers):
+        for outcome in _outcomes(todo, job, workers, output):
             _log(outcome.run)
             output.add_scores(outcome.run.case_id, outcome.scores)
             record.add(outcome.run, outcome.arithmetic)
@@ -119,7 +118,7 @@ def _digests(case: Case) -> dict[str, str]:
     return {modality: sha256_file(path) for modality, path in case.images.items()}
 
 
-def _outcomes(cases: Sequence[Case], job: _Job, workers: Workers) -> Iterator[_Outcome]:
+def _outcomes(cases: Sequence[Case], job: _Job, workers: Workers, output: _Output) -> Iterator[_Outcome]:
     """In the order of completion; their files are written."""
     if not cases:
         return
@@ -132,7 +131,7 @@ def _outcomes(cases: Sequence[Case], job: _Job, workers: Workers) -> Iterator[_O
     with closing(done):
         for case_id, outcome in progress_bar(done, "predict", lambda pair: pair[0], len(cases)):
             if isinstance(outcome, Failure):
-                _Output(job.out, WantedTasks(ModelFolder(job.model), job.tasks).plans).clear(case_id, half_written=True)
+                output.clear(case_id, half_written=True)
                 outcome = _Outcome(CaseRun(case_id, images[case_id], (), {}, str(outcome)))
             yield outcome
 
