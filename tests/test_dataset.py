@@ -14,6 +14,7 @@ from unicon_pipeline.dataset import (
     is_safe_name,
     parse_channels,
     prediction_cases,
+    prediction_clinical,
     read_case,
     read_task,
     resolve_task,
@@ -199,6 +200,55 @@ class TestReadTask:
         refused(lambda: resolve_task("Four", tmp_path / "work"), "'Four'", "One, Two")
 
 
+class TestRegion:
+    def task(self, folder, **changes):
+        given = {"tables": {"targets.csv": SURVIVAL}, "task_type": "prognosis", "region": "Lesions"} | changes
+        return read_task(make_task(folder, **given))
+
+    def test_a_case_level_task_keeps_the_labels_of_its_region(self, tmp_path):
+        task = self.task(tmp_path / "Task")
+        assert (task.task_type, task.region, task.labels) == ("prognosis", "Lesions", TUMOUR)
+        assert [case.labels.name for case in task.cases] == ["a.nii.gz", "b.nii.gz"]
+
+    def test_some_cases_or_all_may_lack_labels(self, tmp_path):
+        make_task(tmp_path / "Task")
+        (tmp_path / "Task" / "labelsTr" / "a.nii.gz").unlink()
+        task = self.task(tmp_path / "Task", labelled=False)
+        assert [case.labels is None for case in task.cases] == [True, False] and task.labels == TUMOUR
+        task = self.task(tmp_path / "Other", labelled=False, labels=None, task_type=None)
+        assert (task.task_type, task.region, task.labels) == ("prognosis", "Lesions", None)
+
+    def test_labels_must_be_named(self, tmp_path):
+        refused(lambda: self.task(tmp_path / "Task", labels=None), "dataset.json needs labels")
+
+    @pytest.mark.parametrize("region", [1, ["Lesions"], "", "../Lesions", "a b", True])
+    def test_no_name(self, tmp_path, region):
+        refused(lambda: self.task(tmp_path / "Task", region=region), f"region is {region!r}", "segmentation task")
+
+    def test_a_segmentation_task_has_none(self, tmp_path):
+        for number, changes in enumerate(({"task_type": "segmentation"}, {"task_type": None})):
+            words = "only classification and prognosis look at a region", '"task_type": "classification" or "prognosis"'
+            refused(lambda changes=changes, number=number: self.task(tmp_path / f"{number}", **changes), *words)
+
+    def test_itself(self, tmp_path):
+        refused(lambda: self.task(tmp_path / "Lesions"), "region names this task itself")
+
+    def test_labels_beside_targets_are_told(self, tmp_path, caplog):
+        with caplog.at_level(logging.WARNING):
+            assert self.task(tmp_path / "A", task_type=None, region=None).task_type == "segmentation"
+        assert "A has labelsTr/, so it is a segmentation task and targets.csv is left aside" in caplog.text
+        assert '"task_type": "prognosis"' in caplog.text
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert self.task(tmp_path / "B", region=None).labels is None
+        assert "B: labelsTr/ is left aside" in caplog.text
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            self.task(tmp_path / "C")
+            read_task(make_task(tmp_path / "D"))
+        assert not caplog.records
+
+
 class TestTargets:
     def task(self, tmp_path, targets, clinical=None, **extra):
         tables = {"targets.csv": targets} | ({"clinical.csv": clinical} if clinical else {})
@@ -209,12 +259,38 @@ class TestTargets:
         rows = "a,,1\nb,nan,0\nc,-3,1\nd,0,1\ne,12,2\nf,12,\ng,13.5,1\n" + word
         cases = tuple(line[0] for line in rows.splitlines())
         read = self.task(tmp_path, "case_id,time_days,event\n" + rows, cases=cases, task_type="prognosis")
-        text = refused(read, "a: time_days is blank", "e: event is 2.0", "f: event is blank", "number of days above 0")
-        blamed = [line.split(":")[1].strip() for line in text.splitlines() if "targets.csv: " in line]
-        assert blamed == ["a", "b", "c", "d", "e", "f"] + (["h"] if word else [])
+        text = refused(read, "number of days above 0")
+        times, events = (line.strip() for line in text.splitlines()[1:] if "targets.csv: " in line and "must" in line)
+        found = "row 2 (a) is blank, row 3 (b) is blank, row 4 (c) is -3, row 5 (d) is 0" if not word else (
+            "row 2 (a) is blank, row 3 (b) is blank, row 4 (c) is '-3', row 5 (d) is '0', row 9 (h) is 'soon'"
+        )  # fmt: skip
+        assert times.startswith("targets.csv: time_days must be") and times.endswith(": " + found)
+        assert events.endswith("0 (censored): row 6 (e) is 2, row 7 (f) is blank")
+
+    def test_all_faults_of_a_table_come_in_one_message(self, tmp_path):
+        rows = "a,10,1\na,20,0\n,5,1\nc,2024-05-17,1\nd,-3,7\ne,12\nf,,0\nz,5,1\n"
+        read = self.task(tmp_path, "case_id,time_days,event\n" + rows, cases=tuple("abcdef"), clinical="case_id,x\na\n")
+        text = refused(
+            read,
+            "targets.csv: row 2: a occurs 2 times", "row 3: a occurs 2 times", "row 4: no case_id",
+            "row 7: 2 cells, expected 3", "no row for b", "rows without images: row 9 (z)",
+            "row 5 (c) is the date '2024-05-17'", "row 6 (d) is '-3'", "row 8 (f) is blank", "event must be 1",
+            "clinical.csv: row 2: 1 cells, expected 2",
+        )  # fmt: skip
+        assert len(text.splitlines()) == 9
+
+    def test_a_table_from_a_german_spreadsheet(self, tmp_path):
+        task = self.task(tmp_path, "case_id;time_days;event;\na;10,5;1;\nb;20;0;\n", clinical="case_id\tx\na\t1,5\n")()
+        assert (task.task_type, task.targets.columns["time_days"]) == ("prognosis", (10.5, 20.0))
+        assert task.clinical.columns == {"x": (1.5,)}
+
+    @pytest.mark.parametrize("row, case", [("7", "007"), ("CASE_7", "case_007"), ("p1_0000.nii.gz", "p1")])
+    def test_names_that_almost_agree(self, tmp_path, row, case):
+        read = self.task(tmp_path, f"case_id,time_days,event\n{row},10,1\n", cases=(case,))
+        refused(read, f"no row for {case}", f"rows without images: row 2 ({row})", f"Perhaps {row} for {case}")
 
     def test_infinite_time(self, tmp_path):
-        refused(self.task(tmp_path, SURVIVAL.replace("20", "inf")), "b: time_days is 'inf'")
+        refused(self.task(tmp_path, SURVIVAL.replace("20", "inf")), "row 3 (b) is 'inf'")
 
     def test_missing_columns_and_table(self, tmp_path):
         refused(self.task(tmp_path, "case_id,event\na,1\nb,0\n", task_type="prognosis"), "time_days is missing")
@@ -222,12 +298,16 @@ class TestTargets:
         refused(lambda: read_task(tmp_path / "Task"), "a prognosis task needs targets.csv")
 
     def test_rows_that_do_not_match_the_images(self, tmp_path, caplog):
-        refused(self.task(tmp_path, SURVIVAL.replace("b,", "case_b,")), "no row for b", "rows without images: case_b")
+        refused(
+            self.task(tmp_path, SURVIVAL.replace("b,", "case_b,")),
+            "no row for b",
+            "rows without images: row 3 (case_b)",
+        )
         with caplog.at_level(logging.WARNING):
             task = self.task(tmp_path, SURVIVAL + "z,5,1\n", clinical="case_id,age\na,1\ny,2\n")()
         assert len(task.cases) == 2
-        assert "targets.csv: rows without images: z" in caplog.text
-        assert "clinical.csv: rows without images: y" in caplog.text
+        assert "targets.csv: rows without images: row 4 (z)" in caplog.text
+        assert "clinical.csv: rows without images: row 3 (y)" in caplog.text
 
     def test_held_out_cases_need_no_row(self, tmp_path):
         touch(tmp_path / "Task" / "imagesTs" / "c_0000.nii.gz")
@@ -238,9 +318,9 @@ class TestTargets:
         [
             ("case_id\na\nb\n", "classification needs one"),
             ("case_id,x\na,\nb,\n", "x has no value"),
-            ("case_id,x\na,0.5\nb,1\n", "a: x is 0.5"),
-            ("case_id,x,y\na,1,0\nb,2,\n", "b: x is 2.0"),
-            ("case_id,x,y\na,1,yes\nb,0,1\n", "a: y is 'yes'"),
+            ("case_id,x\na,0.5\nb,1\n", "row 2 (a) is 0.5"),
+            ("case_id,x,y\na,1,0\nb,2,\n", "row 3 (b) is 2"),
+            ("case_id,x,y\na,1,yes\nb,0,1\n", "row 2 (a) is 'yes'"),
         ],
     )
     def test_bad_classes(self, tmp_path, text, words):
@@ -322,6 +402,46 @@ class TestPredictionCases:
         touch(tmp_path / "a.nii.gz")
         touch(tmp_path / "a_0000.nii.gz")
         refused(lambda: self.cases(tmp_path), "both channel 0000 of a")
+
+
+class TestPredictionClinical:
+    TABLE = "case_id,age\na,61\nz,70\n"
+
+    def images(self, folder):
+        for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "notes.txt"):
+            touch(folder / name)
+
+    def test_beside_the_images(self, tmp_path, caplog):
+        self.images(tmp_path)
+        assert prediction_clinical(tmp_path) is None
+        touch(tmp_path / "clinical.csv", self.TABLE)
+        with caplog.at_level(logging.WARNING):
+            table = prediction_clinical(tmp_path)
+        assert table.rows_of(["b", "a"]) == [None, {"age": 61.0}]
+        assert [record.message.split("clinical.csv")[1] for record in caplog.records] == [
+            " has no row for b: what it would say is unknown there.", ": rows without images: z"
+        ]  # fmt: skip
+
+    def test_above_them_in_a_task_folder(self, tmp_path, caplog):
+        self.images(tmp_path / "imagesTs")
+        self.images(tmp_path / "images")
+        touch(tmp_path / "clinical.csv", self.TABLE + "b,5\n")
+        with caplog.at_level(logging.WARNING):
+            assert prediction_clinical(tmp_path / "imagesTs").case_ids == ("a", "z", "b")
+        assert not caplog.records
+        assert prediction_clinical(tmp_path / "images") is None
+
+    def test_one_image(self, tmp_path, caplog):
+        self.images(tmp_path)
+        touch(tmp_path / "clinical.csv", self.TABLE)
+        with caplog.at_level(logging.WARNING):
+            assert prediction_clinical(tmp_path / "a_0000.nii.gz").case_ids == ("a", "z")
+        assert not caplog.records
+
+    def test_faults(self, tmp_path):
+        self.images(tmp_path)
+        touch(tmp_path / "clinical.csv", self.TABLE + "a,5\n")
+        refused(lambda: prediction_clinical(tmp_path), "clinical.csv", "row 2: a occurs 2 times", "row 4")
 
 
 class TestReadCase:

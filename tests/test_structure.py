@@ -25,7 +25,7 @@ ORDER = """
     errors records contract levels registry decisions progress workers dask_cluster voxels nifti geometry label_spec
     tables dataset folds suv phantom_scene phantom_render phantoms resize label_resize intensity air histogram
     measure cohort fingerprint budget input_shape plan prepare store preprocess extension_plan model_record device
-    machine weights checkpoint foundation native families families.dna_encoders stems adapters heads model
+    machine weights checkpoint foundation native families families.dna_encoders lean_blocks stems adapters heads model
     model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet families.ctvit
     families.zero_shot families.monai_encoders families.primus families.nnssl losses augment loader metrics training
     sliding_window inference_form export evidence verify importer extend pretrain prediction_run predictor predict

@@ -1,7 +1,7 @@
 """Task folders: nnU-Net v2 raw datasets with a few optional additions, read and checked.
 
 `dataset.json`, `imagesTr/<case>_0000.nii.gz` (channel 0) and so on, `labelsTr/<case>.nii.gz`; optional:
-`task_type`, `patients`, `intensity` in `dataset.json`, `targets.csv`, `clinical.csv`, and held-out cases in
+`task_type`, `region`, `patients`, `intensity` in `dataset.json`, `targets.csv`, `clinical.csv`, and held-out cases in
 `imagesTs` and `labelsTs`. A case may lack any channel but must have one.
 """
 
@@ -16,10 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from unicon_pipeline.description import (
+    is_safe_name,
+    parse_channels,
+    parse_file_ending,
+    parse_intensity,
+    parse_patients,
+    parse_region,
+    parse_task_type,
+)
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.geometry import (
     GRID_TOLERANCE_MM,
-    IMAGE_ENDINGS,
     Grid,
     Volume,
     grids_differ_mm,
@@ -30,15 +38,11 @@ from unicon_pipeline.geometry import (
 )
 from unicon_pipeline.label_spec import Labels, parse_labels
 from unicon_pipeline.records import read_json
-from unicon_pipeline.tables import Table, class_faults, outcome_faults, read_table, shown
+from unicon_pipeline.tables import Table, class_faults, enumerated, outcome_faults, read_table, scan_table, shown
 
 logger = logging.getLogger(__name__)
 
-TASK_TYPES = ("segmentation", "classification", "prognosis")
-KNOWN_MODALITIES = ("CT", "PET")
-INTENSITY_SCHEMES = ("zscore",)
 _FILL = {"CT": -1024.0}
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-+]*")
 _CHANNEL_FILE = re.compile(r"(.+)_(\d{4})")
 
 
@@ -56,7 +60,9 @@ class Case:
 class Task:
     """A task folder. `modalities`: in channel order. `intensity`: declared schemes of modalities other than CT, PET.
 
-    `held_out_cases` (imagesTs, labelsTs) are never trained on.
+    `held_out_cases` (imagesTs, labelsTs) are never trained on. `region`: of a classification or prognosis task, the
+    segmentation task of the same model that finds what is looked at; `labels` then names the values of the label maps
+    that mark it, None where there are none.
     """
 
     name: str
@@ -70,6 +76,7 @@ class Task:
     held_out_cases: tuple[Case, ...]
     targets: Table | None
     clinical: Table | None
+    region: str | None = None
 
 
 def resolve_task(task: str, work: Path) -> Path:
@@ -112,14 +119,19 @@ def read_task(folder: Path) -> Task:
     name = folder.resolve().name
     if not is_safe_name(name):
         faults.append("a task's name may hold letters, digits and _ . - + only, and must start with a letter or digit")
-    targets = attempt(_optional_table, folder / "targets.csv")
-    clinical = attempt(_optional_table, folder / "clinical.csv")
-    task_type = attempt(_task_type, description, folder, (folder / "targets.csv").is_file(), targets)
+    targets = attempt(_optional_table, folder / "targets.csv", faults)
+    clinical = attempt(_optional_table, folder / "clinical.csv", faults)
+    outcomes = (folder / "targets.csv").is_file()
+    task_type = attempt(parse_task_type, description, folder, targets.columns if targets else () if outcomes else None)
+    region = attempt(parse_region, description, task_type, source)
     channels = attempt(parse_channels, description, source)
-    ending = attempt(_file_ending, description, source)
-    patients = attempt(_patients, description, source)
-    intensity = attempt(_declared_intensity, description, tuple((channels or {}).values()), source)
-    labels = attempt(parse_labels, description, source) if task_type == "segmentation" else None
+    ending = attempt(parse_file_ending, description, source)
+    patients = attempt(parse_patients, description, source)
+    intensity = attempt(parse_intensity, description, tuple((channels or {}).values()), source)
+    labelled = any((folder / f"labels{split}").is_dir() for split in ("Tr", "Ts"))
+    labels = None
+    if task_type == "segmentation" or (region and labelled):
+        labels = attempt(parse_labels, description, source)
     if channels is None or ending is None or patients is None:
         raise DatasetError(f"{folder}:\n{shown(faults)}")
     cases, held_out = (
@@ -127,9 +139,10 @@ def read_task(folder: Path) -> Task:
         for split in ("Tr", "Ts")
     )
     modalities = tuple(channels.values())
-    task = Task(name, folder, task_type, modalities, intensity, labels, ending, cases, held_out, targets, clinical)
+    parts = (intensity, labels, ending, cases, held_out, targets, clinical, region)
+    task = Task(name, folder, task_type, modalities, *parts)
     faults += _case_faults(task, patients)
-    if task_type in ("classification", "prognosis") and not faults:
+    if task_type in ("classification", "prognosis"):
         faults += _table_faults(task)
     if faults:
         raise DatasetError(f"{folder}:\n{shown(faults)}")
@@ -149,9 +162,7 @@ def prediction_cases(source: Path, channel_names: Mapping[int, str]) -> tuple[Ca
     source = Path(source)
     if not source.exists():
         raise DatasetError(f"{source} does not exist; expected a folder of images, or one image.")
-    folder = source if source.is_dir() else source.parent
-    above = [folder.parent / "dataset.json"] if folder.name in ("imagesTr", "imagesTs") else []
-    description = next((path for path in (folder / "dataset.json", *above) if path.is_file()), None)
+    description = _beside(source, "dataset.json")
     if description is not None:
         channel_names = parse_channels(read_json(description, DatasetError), description)
     files = [source] if source.is_file() else _visible_files(source)
@@ -179,6 +190,31 @@ def prediction_cases(source: Path, channel_names: Mapping[int, str]) -> tuple[Ca
         logger.warning("%s Its files are left aside.", what)
     found = {case: numbers for case, numbers in named.items() if numbers}
     return tuple(_case(case_id, numbers, channel_names, None, case_id) for case_id, numbers in sorted(found.items()))
+
+
+def prediction_clinical(source: Path) -> Table | None:
+    """The `clinical.csv` beside the images of a prediction (above them in a task folder), or None.
+
+    Cases without a row are told: their covariates are unknown. So are rows without images where the table lies beside
+    the images of a folder.
+
+    Raises:
+        DatasetError: there is one that cannot be used; lists its rows.
+    """
+    source = Path(source)
+    path = _beside(source, "clinical.csv")
+    if path is None:
+        return None
+    table = read_table(path)
+    files = [source] if source.is_file() else _visible_files(source)
+    case_ids = {split_channel(file)[0] for file in files if image_ending(file)}
+    missing = sorted(case_ids - set(table.case_ids))
+    if missing:
+        logger.warning("%s has no row for %s: what it would say is unknown there.", path, enumerated(missing))
+    strangers = [case_id for case_id in table.case_ids if case_id not in case_ids]
+    if strangers and path.parent == source:
+        logger.warning("%s: rows without images: %s", path, enumerated(strangers))
+    return table
 
 
 def read_case(case: Case) -> dict[str, Volume]:
@@ -241,21 +277,6 @@ def label_counts(array_zyx: np.ndarray) -> np.ndarray:
     return counts
 
 
-def parse_channels(description: Any, source: Path) -> dict[int, str]:
-    """Channel number -> modality, from `channel_names`; CT and PET are recognised in any case."""
-    named = description.get("channel_names") if isinstance(description, dict) else None
-    if not isinstance(named, dict) or not named or not all(re.fullmatch("[0-9]{1,4}", key) for key in named):
-        raise DatasetError(f'{source} needs channel_names, such as {{"0": "CT", "1": "PET"}}.')
-    channels = {}
-    for number, name in sorted((int(key), str(value)) for key, value in named.items()):
-        channels[number] = name.upper() if name.upper() in KNOWN_MODALITIES else name
-        if not is_safe_name(channels[number]) or "." in name:  # torch names a stem after its modality: no dots
-            raise DatasetError(f"{source}: channel {number} is named {name!r}; use letters, digits and _ - + only.")
-    if sorted(channels) != list(range(len(channels))) or len(set(channels.values())) != len(channels):
-        raise DatasetError(f"{source}: channel_names must count from 0 without gaps and name each modality once.")
-    return channels
-
-
 def split_channel(path: Path) -> tuple[str, int | None]:
     """`case_0001.nii.gz` -> ("case", 1); without a channel number -> (name, None)."""
     stem = path.name.removesuffix(image_ending(path) or "")
@@ -263,9 +284,11 @@ def split_channel(path: Path) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (stem, None)
 
 
-def is_safe_name(name: str) -> bool:
-    """Whether a case, task or modality may be called so: letters, digits, _ . - +, no step out of a folder."""
-    return _SAFE_NAME.fullmatch(name) is not None and ".." not in name
+def _beside(source: Path, name: str) -> Path | None:
+    """A file beside the images of `source` (a folder or an image), or above them in a task folder."""
+    folder = source if source.is_dir() else source.parent
+    places = (folder, folder.parent) if folder.name in ("imagesTr", "imagesTs") else (folder,)
+    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -305,57 +328,6 @@ def _case(
     return Case(case_id, {channels[number]: numbers[number] for number in sorted(numbers)}, labels, patient)
 
 
-def _task_type(description: dict, folder: Path, has_targets: bool, targets: Table | None) -> str | None:
-    declared = description.get("task_type")
-    if declared is not None and declared not in TASK_TYPES:
-        raise DatasetError(f"dataset.json: task_type is {declared!r}; expected {' or '.join(TASK_TYPES)}")
-    if declared:
-        return declared
-    if (folder / "labelsTr").is_dir() or (not has_targets and (folder / "labelsTs").is_dir()):
-        return "segmentation"
-    if not has_targets:
-        raise DatasetError("there is neither labelsTr/ (segmentation) nor targets.csv (other task types)")
-    if targets is None:
-        return None
-    return "prognosis" if {"time_days", "event"} <= set(targets.columns) else "classification"
-
-
-def _optional_table(path: Path) -> Table | None:
-    return read_table(path) if path.is_file() else None
-
-
-def _file_ending(description: dict, source: Path) -> str:
-    ending = description.get("file_ending", ".nii.gz")
-    if ending not in IMAGE_ENDINGS:
-        raise DatasetError(f"{source}: file_ending is {ending!r}; expected one of {', '.join(IMAGE_ENDINGS)}.")
-    return ending
-
-
-def _patients(description: dict, source: Path) -> dict[str, str]:
-    patients = description.get("patients", {})
-    if not isinstance(patients, dict) or not all(isinstance(patient, str | int) for patient in patients.values()):
-        raise DatasetError(f'{source}: patients must name the patient of each case, such as {{"case1": "patient1"}}.')
-    return {case_id: str(patient) for case_id, patient in patients.items()}
-
-
-def _declared_intensity(description: dict, modalities: tuple[str, ...], source: Path) -> dict[str, str]:
-    declared = description.get("intensity", {})
-    if not isinstance(declared, dict):
-        raise DatasetError(f'{source}: intensity must name the scheme of each modality, such as {{"T1": "zscore"}}.')
-    others = [name for name in modalities if name not in KNOWN_MODALITIES]
-    silent = [name for name in others if name not in declared]
-    if silent:
-        raise DatasetError(
-            f"{source}: {silent[0]} is neither CT nor PET, so its intensity scheme must be declared: "
-            f'"intensity": {{"{silent[0]}": "zscore"}}.'
-        )
-    foreign = [name for name in others if declared[name] not in INTENSITY_SCHEMES]
-    if foreign:
-        found = f"{declared[foreign[0]]!r}; expected {' or '.join(INTENSITY_SCHEMES)}"
-        raise DatasetError(f"{source}: the intensity of {foreign[0]} is {found}.")
-    return {name: declared[name] for name in others}
-
-
 def _case_faults(task: Task, patients: Mapping[str, str]) -> Iterable[str]:
     if not task.cases and not task.held_out_cases:
         files = [path.name for path in _visible_files(task.folder / "imagesTr")][:5]
@@ -377,22 +349,39 @@ def _case_faults(task: Task, patients: Mapping[str, str]) -> Iterable[str]:
         yield f"dataset.json: patients names cases without images: {', '.join(unknown[:5])}"
 
 
+def _optional_table(path: Path, faults: list[str]) -> Table | None:
+    if not path.is_file():
+        return None
+    table, wrong = scan_table(path)
+    faults += [f"{path.name}: {fault}" for fault in wrong]
+    return table
+
+
 def _table_faults(task: Task) -> Iterable[str]:
-    if task.targets is None:
-        yield f"a {task.task_type} task needs targets.csv"
-        return
     known = {case.case_id for case in (*task.cases, *task.held_out_cases)}
-    missing = [case.case_id for case in task.cases if case.case_id not in set(task.targets.case_ids)]
     strangers = {
-        table_name: [case_id for case_id in table.case_ids if case_id not in known]
-        for table_name, table in (("targets.csv", task.targets), ("clinical.csv", task.clinical)) if table is not None
+        name: [table.place(at) for at, case_id in enumerate(table.case_ids) if case_id not in known]
+        for name, table in (("targets.csv", task.targets), ("clinical.csv", task.clinical)) if table is not None
     }  # fmt: skip
-    for table_name, case_ids in strangers.items():
-        if case_ids:
-            listed = ", ".join(case_ids[:10]) + (", ..." if len(case_ids) > 10 else "")
-            logger.warning("%s: rows without images: %s", task.folder / table_name, listed)
+    for name, places in strangers.items():
+        if places:
+            logger.warning("%s: rows without images: %s", task.folder / name, enumerated(places))
+    if task.targets is None:
+        if not (task.folder / "targets.csv").is_file():
+            yield f"a {task.task_type} task needs targets.csv"
+        return
+    missing = [case.case_id for case in task.cases if case.case_id not in set(task.targets.case_ids)]
     if missing:
-        others = f" (it has rows without images: {', '.join(strangers['targets.csv'][:5])})"
-        yield f"targets.csv has no row for {', '.join(missing[:5])}{others if strangers['targets.csv'] else ''}"
+        others = f"; it has rows without images: {enumerated(strangers['targets.csv'])}"
+        alike = {_loosely(case_id): case_id for case_id in missing}
+        pairs = [f"{row} for {alike[_loosely(row)]}" for row in task.targets.case_ids if _loosely(row) in alike]
+        hint = f". Perhaps {enumerated(pairs)}: spreadsheets drop leading zeros, names must agree" if pairs else ""
+        yield f"targets.csv has no row for {enumerated(missing)}{others if strangers['targets.csv'] else ''}{hint}"
     faults = outcome_faults if task.task_type == "prognosis" else class_faults
     yield from (f"targets.csv: {fault}" for fault in faults(task.targets))
+
+
+def _loosely(case_id: str) -> str:
+    """The same for names that differ in case, in leading zeros, or in what follows the case's name in a file's."""
+    stem = split_channel(Path(case_id))[0]
+    return re.sub(r"(?<!\d)0+(?=\d)", "", stem.casefold())

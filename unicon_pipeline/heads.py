@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unicon_pipeline.contract import ZYX
 from unicon_pipeline.errors import PlanError
+from unicon_pipeline.lean_blocks import decoder_step
 from unicon_pipeline.levels import DETAIL, TOKENS, SkipLevel, SkipLevels
 from unicon_pipeline.registry import Registry
 from unicon_pipeline.stems import masked, residual_path
@@ -73,13 +74,14 @@ class UNetHead(nn.Module):
         self.detail = residual_path(skips.native_channels, skips.detail) if skips.detail else None
 
     def forward(self, features: Features, every_level: bool = False) -> list[Tensor]:
-        """Logits (B, output_channels, Z, Y, X), finest first; the finest alone unless `every_level`."""
+        """Logits (B, output_channels, Z, Y, X), finest first; the finest alone unless `every_level`.
+
+        It empties `features`.
+        """
         skips = self._gather(features)
-        running, outputs = skips.pop(), []
+        running, outputs = torch.cat(skips.pop(), dim=1), []
         for index, (up, block, logits) in enumerate(zip(self.up, self.blocks, self.logits, strict=True)):
-            running = up(running)
-            skip = skips.pop()
-            running = block(running if skip is None else torch.cat((running, skip), dim=1))
+            running = decoder_step(up, block, running, skips.pop())
             last = index == len(self.up) - 1
             if last or (every_level and not isinstance(logits, nn.Identity)):
                 outputs.append(logits(running))
@@ -94,23 +96,24 @@ class UNetHead(nn.Module):
         """Takes it away: from now on `forward` gives what it would get."""
         self.logits[-1] = nn.Identity()
 
-    def _gather(self, features: Features) -> list[Tensor | None]:
-        """One tensor per level, finest first; a stem that is absent gives zeros, and so does the detail path."""
-        pyramid = list(features.pyramid)
-        waiting = {name: list(maps) for name, maps in features.stems.items()}
+    def _gather(self, features: Features) -> list[list[Tensor]]:
+        """The maps of each level, finest first; a stem that is absent gives zeros, and so does the detail path.
+
+        They are taken out of `features`, so that each can go once it is used.
+        """
+        reference, full = features.pyramid[0], self._full_resolution(features)
         if self.detail is not None and features.native is not None:
-            waiting[DETAIL] = [masked(tensor, features.native_present) for tensor in self.detail(features.native)]
-        reference, full = pyramid[0], self._full_resolution(features)
-        gathered: list[Tensor | None] = []
+            features.stems[DETAIL] = [masked(maps, features.native_present) for maps in self.detail(features.native)]
+        gathered: list[list[Tensor]] = []
         for level in self.levels:
-            maps = [pyramid.pop(0)] if level.backbone_channels else []
+            maps = [features.pyramid.pop(0)] if level.backbone_channels else []
             shape = tuple(size // stride for size, stride in zip(full, level.stride_zyx, strict=True))
             for name, channels in level.side_channels:
-                if name in waiting:
-                    maps.append(waiting[name].pop(0).to(reference.dtype))
+                if name in features.stems:
+                    maps.append(features.stems[name].pop(0).to(reference.dtype))
                 else:
                     maps.append(reference.new_zeros((reference.shape[0], channels, *shape)))
-            gathered.append(torch.cat(maps, dim=1) if len(maps) > 1 else (maps[0] if maps else None))
+            gathered.append(maps)
         return gathered
 
     def _full_resolution(self, features: Features) -> ZYX:

@@ -1,51 +1,50 @@
-"""A network in the form in which it predicts: other layouts and types, the same function.
-
-In reduced precision a CPU convolves maps fastest with channels last; torch's instance norm would bring every such map
-back to the usual layout, so it is replaced by one that does not.
-"""
+"""A network in the form in which it predicts: other layouts, types and blocks, the same function."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from unicon_pipeline.lean_blocks import InstanceNormChannelsLast, LeanBlock
 
 _WEIGHTED = (nn.Conv3d, nn.ConvTranspose3d, nn.Linear)
 
 
-def inference_form(network: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
+def inference_form(
+    network: nn.Module, device: torch.device, precision: torch.dtype, shared: dict[int, Any] | None = None
+) -> nn.Module:
     """A copy of a merged network on `device`, to be called under `autocast(device, precision)`.
 
-    In float32 it is the same layer by layer, since there every bit counts: the norm below sums over all voxels one
-    after the other, which costs digits that reduced precision does not have anyway.
+    On a CPU maps have their channels last, which convolutions are fastest with, and are held once (`lean_blocks`).
+
+    Args:
+        shared: forms made before, by what they were made of: pass one dict for all networks that have parts in common.
+            Those they were made of must live as long as it is used.
     """
-    form = copy.deepcopy(network).to(device)
-    if precision is torch.float32 or device.type != "cpu":
-        return form
-    replaced: dict[int, nn.Module] = {}  # a layer may be reachable under several names
-    for module in form.modules():
-        for name, child in module.named_children():
-            if type(child) is nn.InstanceNorm3d and child.affine and not child.track_running_stats:
-                setattr(module, name, replaced.setdefault(id(child), _InstanceNormChannelsLast(child)))
-    for module in form.modules():
-        if isinstance(module, _WEIGHTED):
-            module.to(precision)  # autocast would do it again at every call
-    return form.to(memory_format=torch.channels_last_3d)
+    on_cpu, made = device.type == "cpu", {} if shared is None else shared
+    for module in network.modules():
+        if on_cpu and isinstance(module, _WEIGHTED):
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in made:  # autocast would convert it again at every call
+                    made[id(parameter)] = _converted(parameter, precision)
+    form = copy.deepcopy(network, made)
+    return _lean(form) if on_cpu else form.to(device)
 
 
-class _InstanceNormChannelsLast(nn.Module):
-    """Instance norm of maps (B, C, Z, Y, X) whose channels lie last in memory: batch norm over one sample's voxels."""
+def _converted(parameter: nn.Parameter, precision: torch.dtype) -> nn.Parameter:
+    layout = torch.channels_last_3d if parameter.dim() == 5 else torch.contiguous_format
+    return nn.Parameter(parameter.detach().to(precision, memory_format=layout, copy=True), requires_grad=False)
 
-    def __init__(self, norm: nn.InstanceNorm3d):
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
-    def forward(self, maps: Tensor) -> Tensor:
-        samples = []
-        for sample in maps.permute(0, 2, 3, 4, 1):
-            voxels = sample.reshape(-1, sample.shape[-1])
-            normed = torch.batch_norm(voxels, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
-            samples.append(normed.view(sample.shape))
-        whole = samples[0][None] if len(samples) == 1 else torch.stack(samples)
-        return whole.permute(0, 4, 1, 2, 3)
+def _lean(form: nn.Module) -> nn.Module:
+    replaced: dict[nn.Module, nn.Module] = {}  # a layer may be reachable under several names
+    for kind in (LeanBlock, InstanceNormChannelsLast):
+        for module in list(form.modules()):
+            for name, child in module.named_children():
+                if child not in replaced and kind.can_replace(child):
+                    replaced[child] = kind(child)
+                setattr(module, name, replaced.get(child, child))
+    return form

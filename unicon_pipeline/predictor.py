@@ -121,11 +121,11 @@ class Predictor(WantedTasks):
         cards = {task: folder.card(task) for task in self.tasks}
         self.precisions = {task: self._precision(card) for task, card in cards.items()}
         self._windows = {task: self._window(task, card) for task, card in cards.items()}
-        foundation = folder.foundation()
         self._networks: dict[str, nn.Module] = {}
         self._last_layers: dict[str, LastLayer] = {}
+        foundation, shared = folder.foundation(), {precision: {} for precision in self.precisions.values()}
         for task in self.tasks:
-            self._load(task, folder.task_model(task, foundation))
+            self._load(task, folder.task_model(task, foundation), shared[self.precisions[task]])
 
     def arithmetic(self) -> Arithmetic:
         """What decides the bits of its results, besides the model."""
@@ -172,9 +172,9 @@ class Predictor(WantedTasks):
             logger.warning("%s: its card knows no faster way that finds the same; it is predicted as usual.", task)
         return window
 
-    def _load(self, task: str, model: TaskModel | NativeModel) -> None:
+    def _load(self, task: str, model: TaskModel | NativeModel, shared: dict[int, Any]) -> None:
         merged = model.merged()
-        network = inference_form(merged, self.device, self.precisions[task])
+        network = inference_form(merged, self.device, self.precisions[task], shared)
         layers, labels = merged.last_layers(), self.plans[task].labels
         # Many classes: what the last layer gets is fewer maps to sum up and to resize than what it gives.
         if labels is not None and layers and sum(layer.in_channels for layer in layers) < labels.output_channels:

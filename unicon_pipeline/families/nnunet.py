@@ -24,6 +24,7 @@ from unicon_pipeline.families.dna_encoders import dna_encoder_kwargs, total_stri
 from unicon_pipeline.families.nnunet_plans import Configuration, read_configuration
 from unicon_pipeline.foundation import FOUNDATIONS, Foundation, declare, freeze
 from unicon_pipeline.imported import Imported, ImportOptions, NativeTask
+from unicon_pipeline.lean_blocks import decoder_step
 from unicon_pipeline.model_record import NativePlan, TaskPlan
 from unicon_pipeline.native import NATIVES, NativeModel
 from unicon_pipeline.weights import take_state
@@ -50,7 +51,7 @@ class NnUNet(NativeModel):
 
     def forward(self, images_bczyx: Tensor, present_bc: Tensor) -> list[Tensor]:
         networks = zip((self.foundation, *self.encoders), self.decoders, strict=True)
-        outputs = [decoder(encoder(images_bczyx, None, None)) for encoder, decoder in networks]
+        outputs = [_decoded(decoder, encoder(images_bczyx, None, None)) for encoder, decoder in networks]
         return [torch.cat(outputs, dim=1) if self._last_layers_dropped else sum(outputs) / len(outputs)]
 
     def last_layers(self) -> list[nn.Module]:
@@ -60,6 +61,14 @@ class NnUNet(NativeModel):
         self._last_layers_dropped = True
         for decoder in self.decoders:
             decoder.seg_layers[-1] = nn.Identity()
+
+
+def _decoded(decoder: UNetDecoder, skips: list[Tensor]) -> Tensor:
+    """Logits of a decoder; `skips` (finest first) are taken out of their list, so that each can go once it is used."""
+    running = skips.pop()
+    for up, block in zip(decoder.transpconvs, decoder.stages, strict=True):
+        running = decoder_step(up, block, running, [skips.pop()])
+    return decoder.seg_layers[-1](running)
 
 
 def find_model_folder(path: Path) -> Path | None:

@@ -1,0 +1,197 @@
+"""Convolution blocks that hold no map twice, for prediction on a CPU: the same function, a third of the memory.
+
+At full resolution a U-Net's maps are what fills the memory: a convolution's input and output, the output again
+normalised, and in the decoder the upsampled map, the skip, and both side by side. Here a convolution reads its input a
+few rows (z) at a time, from several maps that are never put together, of which one may be upsampled as it is read; and
+its output is normalised in place. Maps have their channels last in memory, where rows of one sample are one piece.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Input values in one piece. Far smaller pieces are slower: torch then chooses another convolution in float32.
+_PIECE_VALUES = 10_000_000
+
+
+class Upsampled:
+    """What a transposed convolution makes of a map, computed row by row (z) when it is read."""
+
+    def __init__(self, maps: Tensor, up: nn.ConvTranspose3d):
+        self._maps, self._up = maps, up
+        self.shape = (len(maps), up.out_channels, *(n * s for n, s in zip(maps.shape[2:], up.stride, strict=True)))
+
+    @staticmethod
+    def is_possible(up: nn.Module) -> bool:
+        """Whether its voxels do not reach over each other."""
+        return isinstance(up, nn.ConvTranspose3d) and up.kernel_size == up.stride and up.padding == (0, 0, 0)
+
+    def __getitem__(self, place: tuple[slice, slice, slice]) -> Tensor:
+        samples, _, rows = place
+        step = self._up.stride[0]
+        first, last = rows.start // step, -(-rows.stop // step)
+        return self._up(self._maps[samples, :, first:last])[:, :, rows.start - first * step : rows.stop - first * step]
+
+
+class LeanConv(nn.Module):
+    """A convolution that reads its input piece by piece, from one map or from several."""
+
+    def __init__(self, conv: nn.Conv3d):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, maps: Tensor | list[Tensor | Upsampled]) -> Tensor:
+        """Maps (B, C, Z, Y, X), or several that count as one, their channels side by side; the list is emptied."""
+        parts = maps if isinstance(maps, list) else [maps]
+        samples = [self._of_one(parts, slice(n, n + 1)) for n in range(parts[0].shape[0])]
+        if parts is maps:
+            maps.clear()  # no longer needed, while what comes of them is
+        return _batch(samples)
+
+    def _of_one(self, parts: Sequence[Tensor | Upsampled], sample: slice) -> Tensor:
+        conv, depth = self.conv, parts[0].shape[2]
+        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        shape = [
+            (n + 2 * p - k) // s + 1
+            for n, p, k, s in zip(parts[0].shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+        ]
+        out = None
+        for rows in _pieces(shape[0], sum(part.shape[1] for part in parts) * shape[1] * shape[2] * stride):
+            first, last = rows.start * stride - padding, (rows.stop - 1) * stride - padding + kernel
+            inside = slice(max(first, 0), min(last, depth))
+            read = [part[sample, :, inside] for part in parts]
+            piece = read[0] if len(read) == 1 else torch.cat(read, dim=1)
+            if rows == slice(0, shape[0]):
+                return conv(piece)
+            if inside != slice(first, last):
+                piece = functional.pad(piece, (0, 0, 0, 0, inside.start - first, last - inside.stop))
+            in_plane = (0, *conv.padding[1:])
+            piece = functional.conv3d(piece, conv.weight, conv.bias, conv.stride, in_plane, 1, conv.groups)
+            if out is None:
+                out = _MAPS.empty((1, conv.out_channels, *shape), piece.dtype)
+            out[:, :, rows] = piece
+        return out
+
+
+class InstanceNormChannelsLast(nn.Module):
+    """Instance norm of maps whose channels lie last in memory; torch's own would bring them to the usual layout."""
+
+    def __init__(self, norm: nn.InstanceNorm3d):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    @staticmethod
+    def can_replace(norm: nn.Module) -> bool:
+        """Whether it is an instance norm with weights, that looks at nothing but its input."""
+        return type(norm) is nn.InstanceNorm3d and norm.affine and not norm.track_running_stats
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (B, C, Z, Y, X)."""
+        return _batch([self._of_one(sample, _MAPS.empty(sample.shape, sample.dtype)) for sample in maps.split(1)])
+
+    def in_place(self, maps: Tensor) -> Tensor:
+        """The same, over `maps`."""
+        for sample in maps.split(1):
+            self._of_one(sample, sample)
+        return maps
+
+    def _of_one(self, sample: Tensor, out: Tensor) -> Tensor:
+        mean, variance = channel_moments(sample)
+        for rows in _pieces(sample.shape[2], sample[0, :, 0].numel()):
+            piece = sample[:, :, rows].permute(0, 2, 3, 4, 1)
+            voxels = piece.flatten(0, 3)  # (Z * Y * X, C): batch norm over one sample's voxels
+            normed = torch.batch_norm(voxels, self.weight, self.bias, mean, variance, False, 0.0, self.eps, False)
+            out[:, :, rows] = normed.view(piece.shape).permute(0, 4, 1, 2, 3)
+        return out
+
+
+class LeanBlock(nn.Module):
+    """Convolution, instance norm, activation; takes the place of the library's `ConvDropoutNormReLU`."""
+
+    def __init__(self, block: ConvDropoutNormReLU):
+        super().__init__()
+        self.conv, self.norm = LeanConv(block.conv), InstanceNormChannelsLast(block.norm)
+        self.nonlin = getattr(block, "nonlin", nn.Identity())
+        self.nonlin.inplace = True
+        self.all_modules = nn.Sequential(self.conv, self.norm, self.nonlin)
+
+    @staticmethod
+    def can_replace(block: nn.Module) -> bool:
+        """Whether it is the usual block, in which norm and activation only ever see what the convolution made."""
+        if type(block) is not ConvDropoutNormReLU or not isinstance(block.conv, nn.Conv3d):
+            return False
+        kinds = [type(module) for module in block.all_modules if not isinstance(module, nn.Dropout3d)]
+        usual = kinds[0] is nn.Conv3d and kinds[1:2] == [nn.InstanceNorm3d] and len(kinds) <= 3
+        usual = usual and issubclass((*kinds, nn.ReLU)[2], nn.ReLU | nn.LeakyReLU)
+        plain = block.conv.dilation[0] == 1 and block.conv.padding_mode == "zeros"
+        return usual and plain and InstanceNormChannelsLast.can_replace(block.norm)
+
+    def forward(self, maps: Tensor | list[Tensor | Upsampled]) -> Tensor:
+        """As `LeanConv`; what the convolution gives is normalised in its place."""
+        return self.nonlin(self.norm.in_place(self.conv(maps)))
+
+
+class _Maps:
+    """Memory for large maps, taken again once the map that lay in it is gone.
+
+    The heap would serve as well, but among pieces of all sizes it is soon too torn for maps to fit where others were.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Maps (1, C, Z, Y, X), channels last, with any values."""
+        size = math.prod(shape) * dtype.itemsize
+        fitting = [buffer for buffer in self._free if size <= buffer.size <= 1.25 * size]
+        buffer = min(fitting, key=lambda buffer: buffer.size) if fitting else np.empty(size, np.uint8)
+        self._free = [other for other in self._free if other is not buffer]
+        held = buffer[:size]
+        weakref.finalize(held, self._free_again, buffer)  # torch holds it for as long as any view of the map lives
+        batch, channels, *zyx = shape
+        return torch.from_numpy(held).view(dtype).view(batch, *zyx, channels).permute(0, 4, 1, 2, 3)
+
+    def _free_again(self, buffer: np.ndarray) -> None:
+        self._free.append(buffer)
+
+
+_MAPS = _Maps()
+
+
+def _pieces(rows: int, values_per_row: int) -> Iterator[slice]:
+    height = max(1, -(-_PIECE_VALUES // values_per_row))
+    return (slice(row, min(row + height, rows)) for row in range(0, rows, height))
+
+
+def _batch(samples: list[Tensor]) -> Tensor:
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def channel_moments(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance (C,) of maps (1, C, Z, Y, X), in float32.
+
+    First of each channel at each x alone, and then of all: a single sum over a million voxels would lose three digits.
+    """
+    columns = sample.permute(0, 2, 3, 4, 1).flatten(3).flatten(0, 2)  # (Z * Y, X * C)
+    zeros = torch.zeros(columns.shape[1])
+    means, variances = torch.batch_norm_update_stats(columns, zeros, zeros + 1, 0.0)
+    means, variances = (moments.view(-1, sample.shape[1]) for moments in (means, variances))
+    mean = means.mean(dim=0)
+    return mean, (variances + (means - mean).square()).mean(dim=0)
+
+
+def decoder_step(up: nn.Module, block: nn.Module, running: Tensor, skip: list[Tensor]) -> Tensor:
+    """One level of a U-Net decoder: `running` goes up, `skip` (emptied) beside it, and both through the block."""
+    if not isinstance(getattr(block, "convs", [None])[0], LeanBlock):
+        return block(torch.cat((up(running), *skip), dim=1) if skip else up(running))
+    parts = [Upsampled(running, up) if Upsampled.is_possible(up) else up(running), *skip]
+    skip.clear()
+    return block(parts)
