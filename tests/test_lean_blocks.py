@@ -24,9 +24,10 @@ def _exact():
         yield
 
 
-@pytest.fixture(params=[1, 700, 10_000_000], ids=["row by row", "a few rows", "whole"])
+@pytest.fixture(params=[(1, 0), (700, 0), (10_000_000, 20_480)], ids=["row by row", "a few rows", "whole"])
 def pieces(request, monkeypatch):
-    monkeypatch.setattr(lean_blocks, "_PIECE_VALUES", request.param)
+    for name, value in zip(("_PIECE_VALUES", "_FEWEST_ONEDNN"), request.param):
+        monkeypatch.setattr(lean_blocks, name, value)
 
 
 def usual_block(kernel=(3, 3, 3), stride=(1, 1, 1), channels=(4, 6), norm=NORM, nonlin=LEAKY, **options):
@@ -53,6 +54,16 @@ def test_any_usual_activation(pieces, nonlin):
     block, maps = usual_block(nonlin=nonlin), torch.randn(1, 4, 7, 6, 5)
     assert LeanBlock.can_replace(block)
     close(LeanBlock(block)(maps.clone()), block(maps))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (5, 3, 3), (1, 3, 3)], ids=str)
+def test_maps_in_a_list_are_overwritten_and_others_are_not(pieces, kernel):
+    block, maps, other = usual_block(kernel, channels=(6, 4)), torch.randn(1, 4, 9, 6, 5), torch.randn(1, 2, 9, 6, 5)
+    wanted, before = block(torch.cat((maps, other), dim=1)), other.clone()
+    given = [maps, other]
+    found = LeanBlock(block)(given)
+    close(found, wanted)
+    assert found.data_ptr() == maps.data_ptr() and torch.equal(other, before) and not given
 
 
 def test_its_input_is_left_as_it_is(pieces):

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 
 import numpy as np
@@ -277,21 +276,3 @@ def test_arrays_that_do_not_belong_together_are_refused(tmp_path):
         with pytest.raises(DatasetError, match=match):
             store.write_case(tmp_path, "a", bad_array, bad_labels, meta)
     assert store.stored_case_ids(tmp_path) == ()
-
-
-def test_a_second_run_waits_for_the_first(tmp_path, caplog):
-    order = []
-
-    def second():
-        with store.folder_lock(tmp_path, poll_seconds=0.01):
-            order.append("second")
-
-    with store.folder_lock(tmp_path):
-        thread = threading.Thread(target=second)
-        thread.start()
-        time.sleep(0.2)
-        order.append("first")
-    thread.join(5)
-    assert order == ["first", "second"]
-    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
-    assert "waiting" in caplog.text

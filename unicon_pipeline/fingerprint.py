@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,12 +82,19 @@ class Fingerprint:
     schema_version: int = 2
 
 
-def fingerprint_task(task: Task, orientation: str | None, workers: Workers, kept: Path | None = None) -> Fingerprint:
+def fingerprint_task(
+    task: Task,
+    orientation: str | None,
+    workers: Workers,
+    kept: Path | None = None,
+    regions: Mapping[str, Path] | None = None,
+) -> Fingerprint:
     """Fingerprints every case; a case that cannot be used is recorded in `failed` and does not stop the others.
 
     Args:
         orientation: as in `measure_case`.
         kept: folder for the cases' measurements. Those of unchanged files are used again; nothing else stays there.
+        regions: as in `measure_case`.
 
     The result depends neither on the `workers` nor on what was kept.
 
@@ -97,7 +104,8 @@ def fingerprint_task(task: Task, orientation: str | None, workers: Workers, kept
     results: dict[str, Measured] = {}
     failed: dict[str, str] = {}
     pooled = {modality: Tally() for modality in task.modalities}
-    with closing(workers.each(measure_case, task.cases, task.modalities, task.labels, orientation, kept)) as done:
+    shared = task.modalities, task.labels, orientation, kept, regions
+    with closing(workers.each(measure_case, task.cases, *shared)) as done:
         for case, outcome in progress_bar(done, "fingerprint", lambda pair: pair[0].case_id, len(task.cases)):
             if isinstance(outcome, Failure):
                 failed[case.case_id] = str(outcome)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from unicon_pipeline.contract import ZYX, FeatureLevel, FoundationSpec, InputContract
 from unicon_pipeline.registry import Registry
@@ -46,13 +45,15 @@ class Foundation(nn.Module, ABC):
             native_present: (B,) 1.0 where a case has a native modality, else 0.0; None when all have.
             added: the gated sum of the stems' projections, or None.
         """
-        fused = added
-        if native_bczyx is not None:
-            projected = self.project(native_bczyx)
-            if native_present is not None:
-                projected = projected * native_present.view(-1, 1, 1, 1, 1).to(projected.dtype)
-            fused = projected if added is None else projected + added
-        return self.stages(fused)
+        return self.stages(self._fused(native_bczyx, native_present, added))  # no name holds it while they run
+
+    def _fused(self, native_bczyx: Tensor | None, native_present: Tensor | None, added: Tensor | None) -> Tensor:
+        if native_bczyx is None:
+            return added
+        projected = self.project(native_bczyx)
+        if native_present is not None:
+            projected = projected * native_present.view(-1, 1, 1, 1, 1).to(projected.dtype)
+        return projected if added is None else projected + added
 
 
 FOUNDATIONS: Registry[type[Foundation]] = Registry("foundation architecture")
@@ -75,6 +76,8 @@ def declare(
     provenance: dict[str, Any],
 ) -> FoundationSpec:
     """The declaration of a network: its levels and costs are read off one forward pass without data (meta device)."""
+    from torch.utils.flop_counter import FlopCounterMode  # 70 MB of compilers come with it
+
     provisional = FeatureLevel((1, 1, 1), 1, 1)
     spec = FoundationSpec(
         architecture, arch_kwargs, contract, kind, provisional, (provisional,), 1, 0.0, licence, provenance

@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 import torch
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from torch import nn
 
-from unicon_pipeline.lean_blocks import InstanceNormChannelsLast, LeanBlock
+from unicon_pipeline.lean_blocks import InstanceNormChannelsLast, LeanBlock, LeanSequence
 
 _WEIGHTED = (nn.Conv3d, nn.ConvTranspose3d, nn.Linear)
 
@@ -47,4 +48,7 @@ def _lean(form: nn.Module) -> nn.Module:
                 if child not in replaced and kind.can_replace(child):
                     replaced[child] = kind(child)
                 setattr(module, name, replaced.get(child, child))
+    for module in form.modules():
+        if isinstance(module, StackedConvBlocks) and all(isinstance(block, LeanBlock) for block in module.convs):
+            module.convs = LeanSequence(*module.convs)
     return form

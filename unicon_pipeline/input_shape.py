@@ -17,12 +17,15 @@ from unicon_pipeline.errors import PlanError
 from unicon_pipeline.fingerprint import Fingerprint
 from unicon_pipeline.resize import ANISOTROPY, resized_shape
 
+REGION_MARGIN_MM = 10.0  # on each side of a region: what it borders on
+_REGION_COVERED = 95  # percentile of the sides that a crop holds: one huge region must not make all the others coarse
 _INITIAL_EDGE, _DATASET_SHARE, _COVERAGE, _COARSER = 256, 0.05, 0.25, 1.03  # nnU-Net's
 
 
 @dataclass(frozen=True)
 class InputShape:
-    """`median`: the median shape of the cases, cropped, at this spacing. The reasons are in words."""
+    """`median`: the median shape at this spacing of what inputs are cut from: the cases, cropped, or the crops around
+    their regions. The reasons are in words."""
 
     spacing: SpacingZYX
     spacing_reason: str
@@ -75,12 +78,19 @@ def checked(overrides: Overrides, contract: InputContract) -> Overrides:
 
 
 def choose_shape(
-    view: str, fingerprint: Fingerprint, contract: InputContract, overrides: Overrides, budget: float, on_cpu: bool
+    view: str,
+    fingerprint: Fingerprint,
+    contract: InputContract,
+    overrides: Overrides,
+    budget: float,
+    on_cpu: bool,
+    around_region: bool = False,
 ) -> InputShape:
     """Spacing and shape of one input.
 
     Args:
         view: "patch" or "volume", see `DataPlan`.
+        around_region: a volume is the crop around a case's region; some case has one.
         budget: input voxels that each of two samples in a batch may have.
         on_cpu: the budget is one of time, for which the spacing may become coarser.
     """
@@ -90,7 +100,7 @@ def choose_shape(
         contract.fixed_shape_zyx or overrides.patch_shape_zyx,
         "the only shape that the foundation takes" if contract.fixed_shape_zyx else "set by the user",
     )
-    choose = _patch_view if view == "patch" else _volume_view
+    choose = _region_view if around_region else _patch_view if view == "patch" else _volume_view
     return choose(fingerprint, contract.divisible_by_zyx, fixed, budget, on_cpu)
 
 
@@ -149,13 +159,20 @@ def _patch(spacing: SpacingZYX, median: ZYX, fits: float, divisors: ZYX) -> ZYX:
     """nnU-Net's: cubic in mm, at most the median shape, then the relatively largest axis shrinks until it fits."""
     scale = _INITIAL_EDGE * math.prod(spacing) ** (1 / 3)
     patch = [_up(min(round(scale / s), size), by) for s, size, by in zip(spacing, median, divisors)]
-    while math.prod(patch) > fits:
-        shrinkable = [axis for axis in range(3) if patch[axis] > divisors[axis]]
+    return _two_positions(_shrunk(patch, median, fits, divisors), divisors)
+
+
+def _shrunk(shape: Sequence[int], whole: ZYX, fits: float, divisors: ZYX) -> ZYX:
+    """The shape, its axis that is the largest part of the `whole` shorter step by step until it fits."""
+    edges = list(shape)
+    while math.prod(edges) > fits:
+        shrinkable = [axis for axis in range(3) if edges[axis] > divisors[axis]]
         if not shrinkable:
             break
-        axis = max(shrinkable, key=lambda a: patch[a] / median[a])
-        patch[axis] -= divisors[axis]
-    return _two_positions(patch, divisors)
+        axis = max(shrinkable, key=lambda a: edges[a] / whole[a])
+        edges[axis] -= divisors[axis]
+    z, y, x = edges
+    return z, y, x
 
 
 def _two_positions(shape: Sequence[int], divisors: ZYX) -> ZYX:
@@ -198,27 +215,76 @@ def _volume_view(
     fingerprint: Fingerprint, divisors: ZYX, fixed: _Fixed, budget: float, on_cpu: bool
 ) -> InputShape:
     sides = [np.multiply(case.cropped_shape_zyx, case.spacing_zyx_mm) for case in fingerprint.cases]
-    field = [float(side) for side in np.median(sides, axis=0)]
-
-    def shape_at(spacing: SpacingZYX) -> ZYX:
-        z, y, x = (_up(math.ceil(side / s - 1e-6), by) for side, s, by in zip(field, spacing, divisors))
-        return z, y, x
-
-    if fixed.spacing:
-        spacing, reason = fixed.spacing, fixed.spacing_reason
-    elif fixed.shape:
-        z, y, x = (side / size for side, size in zip(field, fixed.shape))
-        spacing, reason = (z, y, x), "the median field of view in that shape"
+    field = _mm(np.median(sides, axis=0))
+    if fixed.shape and not fixed.spacing:
+        spacing, reason = _mm(np.divide(field, fixed.shape)), "the median field of view in that shape"
     else:
-        spacing, reason = _target_spacing(fingerprint)
-        while math.prod(shape_at(spacing)) > budget and shape_at(spacing) != tuple(divisors):
-            spacing, reason = _coarsened(spacing), ""
-        limit = "a CPU trains the field of view in reasonable time" if on_cpu else "the field of view fits the memory"
-        reason = reason or f"the finest in 3 % steps at which {limit}"
-    field_of_view = " x ".join(f"{side:.0f}" for side in field)
-    shape_reason = fixed.shape_reason if fixed.shape else f"holds the median field of view, {field_of_view} mm"
-    shape, median = fixed.shape or _two_positions(shape_at(spacing), divisors), _median_shape(fingerprint, spacing)
-    return InputShape(spacing, reason, shape, shape_reason, median)
+        spacing, reason = _spacing_of_field(fingerprint, field, "field of view", divisors, fixed, budget, on_cpu)
+    shape_reason = fixed.shape_reason if fixed.shape else f"holds the median field of view, {_shown_field(field)}"
+    shape = fixed.shape or _two_positions(_shape_of_field(field, spacing, divisors), divisors)
+    return InputShape(spacing, reason, shape, shape_reason, _median_shape(fingerprint, spacing))
+
+
+def _region_view(
+    fingerprint: Fingerprint, divisors: ZYX, fixed: _Fixed, budget: float, on_cpu: bool
+) -> InputShape:
+    """A crop of one size in mm for all cases, so that a large region looks large."""
+    seen = [case for case in fingerprint.cases if case.bulk_shape_zyx]
+    sides = [np.multiply(case.bulk_shape_zyx, case.spacing_zyx_mm) for case in seen]
+    covered = np.percentile(sides, _REGION_COVERED, axis=0, method="inverted_cdf")
+    field = _mm(covered + 2 * REGION_MARGIN_MM)
+    if fixed.shape and not fixed.spacing:
+        median, _ = _target_spacing(fingerprint)
+        spacing = _mm(np.maximum(np.divide(field, fixed.shape), median))
+        reason = "the crop in that shape, but never finer than the median of the cases"
+    else:
+        spacing, reason = _spacing_of_field(fingerprint, field, "crop", divisors, fixed, budget, on_cpu)
+    wanted = _shape_of_field(field, spacing, divisors)
+    shape = fixed.shape or _two_positions(_shrunk(wanted, wanted, budget, divisors), divisors)
+    shown_field = _mm(np.multiply(shape, spacing))
+    whole = sum(bool((side <= shown_field).all()) for side in sides)
+    shape_reason = f"{_shown_field(shown_field)} around the region, holding {whole} of {len(seen)} whole; "
+    if fixed.shape:
+        shape_reason += fixed.shape_reason
+    elif np.less(shown_field, field).any():
+        limit = "a CPU trains in reasonable time" if on_cpu else "fits the memory"
+        shape_reason += f"wanted were {_shown_field(field)}, of which this {limit}"
+    else:
+        shape_reason += f"percentile {_REGION_COVERED} of the regions' sides and {REGION_MARGIN_MM:g} mm on each side"
+    return InputShape(spacing, reason, shape, shape_reason, shape)
+
+
+def _spacing_of_field(
+    fingerprint: Fingerprint,
+    field: SpacingZYX,
+    name: str,
+    divisors: ZYX,
+    fixed: _Fixed,
+    budget: float,
+    on_cpu: bool,
+) -> tuple[SpacingZYX, str]:
+    """The spacing at which one input holds a field (mm), and why."""
+    if fixed.spacing:
+        return fixed.spacing, fixed.spacing_reason
+    spacing, reason = _target_spacing(fingerprint)
+    while (shape := _shape_of_field(field, spacing, divisors)) != tuple(divisors) and math.prod(shape) > budget:
+        limit = f"a CPU trains the {name} in reasonable time" if on_cpu else f"the {name} fits the memory"
+        spacing, reason = _coarsened(spacing), f"the finest in 3 % steps at which {limit}"
+    return spacing, reason
+
+
+def _shape_of_field(field: SpacingZYX, spacing: SpacingZYX, divisors: ZYX) -> ZYX:
+    z, y, x = (_up(math.ceil(side / s - 1e-6), by) for side, s, by in zip(field, spacing, divisors))
+    return z, y, x
+
+
+def _shown_field(field: SpacingZYX) -> str:
+    return " x ".join(f"{side:.0f}" for side in field) + " mm"
+
+
+def _mm(values: np.ndarray) -> SpacingZYX:
+    z, y, x = (float(value) for value in values)
+    return z, y, x
 
 
 def _up(size: int, multiple: int) -> int:

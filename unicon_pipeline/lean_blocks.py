@@ -1,16 +1,20 @@
-"""Convolution blocks that hold no map twice, for prediction on a CPU: the same function, a third of the memory.
+"""Convolution blocks that hold no map twice, for prediction on a CPU: the same function, a quarter of the memory.
 
 At full resolution a U-Net's maps are what fills the memory: a convolution's input and output, the output again
 normalised, and in the decoder the upsampled map, the skip, and both side by side. Here a convolution reads its input a
-few rows (z) at a time, from several maps that are never put together, of which one may be upsampled as it is read; and
-its output is normalised in place. Maps have their channels last in memory, where rows of one sample are one piece.
+few rows (z) at a time, from several maps that are never put together, of which one may be upsampled as it is read.
+What it gives lies where an input lay that nobody else needs, and is normalised there. Maps have their channels last in
+memory, where rows of one sample are one piece.
+
+A list of maps is given away: its maps count as one, their channels side by side, it is emptied, and they may be
+overwritten. A map that is not in a list stays as it is.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,8 +22,9 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Input values in one piece. Far smaller pieces are slower: torch then chooses another convolution in float32.
-_PIECE_VALUES = 10_000_000
+# Values of a piece, going in or coming out; time hardly depends on it.
+_PIECE_VALUES = 3_000_000
+_FEWEST_ONEDNN = 20_480  # channels x z x y of an input
 
 
 class Upsampled:
@@ -34,7 +39,9 @@ class Upsampled:
         """Whether its voxels do not reach over each other."""
         return isinstance(up, nn.ConvTranspose3d) and up.kernel_size == up.stride and up.padding == (0, 0, 0)
 
-    def __getitem__(self, place: tuple[slice, slice, slice]) -> Tensor:
+    def __getitem__(self, place: slice | tuple[slice, slice, slice]) -> Upsampled | Tensor:
+        if isinstance(place, slice):
+            return Upsampled(self._maps[place], self._up)
         samples, _, rows = place
         step = self._up.stride[0]
         first, last = rows.start // step, -(-rows.stop // step)
@@ -49,59 +56,100 @@ class LeanConv(nn.Module):
         self.conv = conv
 
     def forward(self, maps: Tensor | list[Tensor | Upsampled]) -> Tensor:
-        """Maps (B, C, Z, Y, X), or several that count as one, their channels side by side; the list is emptied."""
-        parts = maps if isinstance(maps, list) else [maps]
-        samples = [self._of_one(parts, slice(n, n + 1)) for n in range(parts[0].shape[0])]
-        if parts is maps:
-            maps.clear()  # no longer needed, while what comes of them is
+        """Maps (B, C, Z, Y, X), or a list that is given away."""
+        given = isinstance(maps, list)
+        parts = maps if given else [maps]
+        samples = []
+        for number in range(parts[0].shape[0]):
+            own = [part[number : number + 1] for part in parts]
+            shape = self._shape(own[0].shape)
+            out = next((part for part in own if given and _is_map(part, shape, self.conv.weight.dtype)), None)
+            samples.append(self._of_one(own, shape, out))
+        if given:
+            maps.clear()
         return _batch(samples)
 
-    def _of_one(self, parts: Sequence[Tensor | Upsampled], sample: slice) -> Tensor:
-        conv, depth = self.conv, parts[0].shape[2]
-        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        shape = [
-            (n + 2 * p - k) // s + 1
-            for n, p, k, s in zip(parts[0].shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
-        ]
-        out = None
-        for rows in _pieces(shape[0], sum(part.shape[1] for part in parts) * shape[1] * shape[2] * stride):
-            first, last = rows.start * stride - padding, (rows.stop - 1) * stride - padding + kernel
+    def _shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        conv = self.conv
+        edges = zip(shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+        return (1, conv.out_channels, *((n + 2 * pad - kernel) // step + 1 for n, pad, kernel, step in edges))
+
+    def _of_one(self, parts: list[Tensor | Upsampled], shape: tuple[int, ...], out: Tensor | None) -> Tensor:
+        """Of one sample; `out`: which of the parts is overwritten."""
+        conv, depth, overwritten = self.conv, parts[0].shape[2], out
+        kernel, step, pad = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        behind = None  # the rows before the next piece of the overwritten part, as they were
+        for rows in self._pieces(shape):
+            first, last = rows.start * step - pad, (rows.stop - 1) * step - pad + kernel
             inside = slice(max(first, 0), min(last, depth))
-            read = [part[sample, :, inside] for part in parts]
+            read = []
+            for part in parts:
+                if part is overwritten and behind is not None:
+                    read.append(torch.cat((behind, part[:, :, rows.start : inside.stop]), dim=2))
+                else:
+                    read.append(part[:, :, inside])
+                if part is overwritten:
+                    kept = slice(max(rows.stop - pad, 0) - inside.start, rows.stop - inside.start)
+                    behind = read[-1][:, :, kept].clone()
             piece = read[0] if len(read) == 1 else torch.cat(read, dim=1)
-            if rows == slice(0, shape[0]):
-                return conv(piece)
             if inside != slice(first, last):
                 piece = functional.pad(piece, (0, 0, 0, 0, inside.start - first, last - inside.stop))
             in_plane = (0, *conv.padding[1:])
             piece = functional.conv3d(piece, conv.weight, conv.bias, conv.stride, in_plane, 1, conv.groups)
             if out is None:
-                out = _MAPS.empty((1, conv.out_channels, *shape), piece.dtype)
+                out = _MAPS.empty(shape, piece.dtype)
             out[:, :, rows] = piece
         return out
+
+    def _pieces(self, shape: tuple[int, ...]) -> Iterator[slice]:
+        """Output rows; so many that torch takes oneDNN's convolution in float32 too: it goes by these sizes."""
+        channels = max(shape[1], self.conv.in_channels * math.prod(self.conv.stride))
+        enough = _FEWEST_ONEDNN // (self.conv.in_channels * shape[3] * self.conv.stride[1]) + 1
+        return _pieces(shape[2], channels * math.prod(shape[3:]), enough)
+
+
+class LeanSequence(nn.Sequential):
+    """Modules one after the other; what one gives, the next may overwrite."""
+
+    def forward(self, maps: Tensor | list[Tensor | Upsampled]) -> Tensor:
+        """Of maps, or of a list that is given away to the first module."""
+        return in_turn(self, maps)
+
+
+def in_turn(modules: Iterable[nn.Module], maps: Tensor | list[Tensor | Upsampled]) -> Tensor:
+    """As `LeanSequence`; modules of other kinds than those here get the map itself."""
+    for module in modules:
+        if isinstance(maps, list) and not isinstance(module, _LEAN):
+            (maps,) = maps
+        maps = module(maps)
+        if isinstance(module, _LEAN):
+            maps = [maps]
+    return maps[0] if isinstance(maps, list) else maps
 
 
 class InstanceNormChannelsLast(nn.Module):
     """Instance norm of maps whose channels lie last in memory; torch's own would bring them to the usual layout."""
 
-    def __init__(self, norm: nn.InstanceNorm3d):
+    def __init__(self, norm: nn.InstanceNorm3d, nonlin: nn.Module | None = None):
+        """`nonlin`: an activation that follows it."""
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.nonlin = nonlin
 
     @staticmethod
     def can_replace(norm: nn.Module) -> bool:
         """Whether it is an instance norm with weights, that looks at nothing but its input."""
         return type(norm) is nn.InstanceNorm3d and norm.affine and not norm.track_running_stats
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps (B, C, Z, Y, X)."""
+    def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
+        """Maps (B, C, Z, Y, X), or in a list that is given away."""
+        if isinstance(maps, list):
+            (whole,) = maps
+            maps.clear()
+            for sample in whole.split(1):
+                self._of_one(sample, sample)
+            return whole
         return _batch([self._of_one(sample, _MAPS.empty(sample.shape, sample.dtype)) for sample in maps.split(1)])
-
-    def in_place(self, maps: Tensor) -> Tensor:
-        """The same, over `maps`."""
-        for sample in maps.split(1):
-            self._of_one(sample, sample)
-        return maps
 
     def _of_one(self, sample: Tensor, out: Tensor) -> Tensor:
         mean, variance = channel_moments(sample)
@@ -109,6 +157,8 @@ class InstanceNormChannelsLast(nn.Module):
             piece = sample[:, :, rows].permute(0, 2, 3, 4, 1)
             voxels = piece.flatten(0, 3)  # (Z * Y * X, C): batch norm over one sample's voxels
             normed = torch.batch_norm(voxels, self.weight, self.bias, mean, variance, False, 0.0, self.eps, False)
+            if self.nonlin is not None:
+                normed = self.nonlin(normed)
             out[:, :, rows] = normed.view(piece.shape).permute(0, 4, 1, 2, 3)
         return out
 
@@ -118,10 +168,9 @@ class LeanBlock(nn.Module):
 
     def __init__(self, block: ConvDropoutNormReLU):
         super().__init__()
-        self.conv, self.norm = LeanConv(block.conv), InstanceNormChannelsLast(block.norm)
-        self.nonlin = getattr(block, "nonlin", nn.Identity())
-        self.nonlin.inplace = True
-        self.all_modules = nn.Sequential(self.conv, self.norm, self.nonlin)
+        self.conv = LeanConv(block.conv)
+        self.norm = InstanceNormChannelsLast(block.norm, getattr(block, "nonlin", None))
+        self.all_modules = nn.Sequential(self.conv, self.norm)
 
     @staticmethod
     def can_replace(block: nn.Module) -> bool:
@@ -135,8 +184,11 @@ class LeanBlock(nn.Module):
         return usual and plain and InstanceNormChannelsLast.can_replace(block.norm)
 
     def forward(self, maps: Tensor | list[Tensor | Upsampled]) -> Tensor:
-        """As `LeanConv`; what the convolution gives is normalised in its place."""
-        return self.nonlin(self.norm.in_place(self.conv(maps)))
+        """As `LeanConv`."""
+        return self.norm([self.conv(maps)])
+
+
+_LEAN = (LeanConv, InstanceNormChannelsLast, LeanBlock)
 
 
 class _Maps:
@@ -166,8 +218,12 @@ class _Maps:
 _MAPS = _Maps()
 
 
-def _pieces(rows: int, values_per_row: int) -> Iterator[slice]:
-    height = max(1, -(-_PIECE_VALUES // values_per_row))
+def _is_map(part: Tensor | Upsampled, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return isinstance(part, Tensor) and part.shape == shape and part.dtype == dtype
+
+
+def _pieces(rows: int, values_per_row: int, fewest: int = 1) -> Iterator[slice]:
+    height = max(fewest, _PIECE_VALUES // values_per_row)
     return (slice(row, min(row + height, rows)) for row in range(0, rows, height))
 
 
@@ -189,8 +245,8 @@ def channel_moments(sample: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decoder_step(up: nn.Module, block: nn.Module, running: Tensor, skip: list[Tensor]) -> Tensor:
-    """One level of a U-Net decoder: `running` goes up, `skip` (emptied) beside it, and both through the block."""
-    if not isinstance(getattr(block, "convs", [None])[0], LeanBlock):
+    """One level of a U-Net decoder: `running` goes up, `skip` (given away) beside it, and both through the block."""
+    if not isinstance(getattr(block, "convs", None), LeanSequence):
         return block(torch.cat((up(running), *skip), dim=1) if skip else up(running))
     parts = [Upsampled(running, up) if Upsampled.is_possible(up) else up(running), *skip]
     skip.clear()

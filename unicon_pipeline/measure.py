@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,9 +34,10 @@ from unicon_pipeline.geometry import (
 from unicon_pipeline.histogram import Histogram, Moments, Tally
 from unicon_pipeline.intensity import air_value, body_box, body_mask, read_in_units
 from unicon_pipeline.records import atomic_path, from_dict, sha256_file, sha256_json, to_dict
+from unicon_pipeline.region import REGION, Box, bulk_box, found_region
 
 THUMBNAIL_EDGE = 8
-_VERSION = 1  # of what is measured, and of the kept file
+_VERSION = 2  # of what is measured, and of the kept file
 _SMALL_AXIS_VOXELS = 8
 _LONG_VOXELS = 5.0  # times their width; thick slices are usual, thicker ones are worth a look
 _SLAB_VOXELS = 1 << 20
@@ -46,8 +47,6 @@ _TOUCHING = np.ones((3, 3, 3), bool)  # 26 neighbours: voxels that share a corne
 _USUAL_LOWEST = {"CT": (-math.inf, -500.0, "no air"), "PET": (-1.0, math.inf, "negative uptake")}
 _USUAL_HIGHEST = {"CT": (150.0, 35_000.0, "no bone, or not HU"), "PET": (1.5, 300.0, "is it SUV?")}
 
-Box = tuple[slice, slice, slice]
-
 
 @dataclass(frozen=True)
 class CaseFingerprint:
@@ -56,7 +55,8 @@ class CaseFingerprint:
     `cropped_shape_zyx`: of the body box. `labelled_voxels`: of any output. Per output name (regions may overlap):
     `label_voxels`, `label_ml`, and `label_parts`, the number of pieces that do not touch at face, edge or corner (left
     out where the boxes of this and the outputs before it have more than 2^27 voxels). `oddities`: remarks in words.
-    `images_sha256`: modality -> digest of the file; `labels_sha256` likewise.
+    `images_sha256`: modality -> digest of the file; `labels_sha256` likewise. `bulk_shape_zyx`: of the `bulk_box` of
+    all outputs, None where nothing is labelled. A mask that a model has found stands in for labels, as "region".
     """
 
     case_id: str
@@ -71,6 +71,7 @@ class CaseFingerprint:
     labelled_voxels: int = 0
     label_ml: dict[str, float] = field(default_factory=dict)
     label_parts: dict[str, int] = field(default_factory=dict)
+    bulk_shape_zyx: ZYX | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,12 @@ class Measured:
 
 
 def measure_case(
-    case: Case, modalities: Sequence[str], labels: Labels | None, orientation: str | None, kept: Path | None = None
+    case: Case,
+    modalities: Sequence[str],
+    labels: Labels | None,
+    orientation: str | None,
+    kept: Path | None = None,
+    regions: Mapping[str, Path] | None = None,
 ) -> Measured:
     """Reads, checks and measures one case.
 
@@ -95,19 +101,22 @@ def measure_case(
         modalities, labels: the task's.
         orientation: such as "LPS", see `InputContract`; None leaves images as stored.
         kept: folder in which measurements stay; one that still holds is returned without reading the images.
+        regions: case id -> mask that a model has found of a case without labels.
 
     Raises:
         DatasetError: an image or the label map is unusable; the message names the file.
     """
     labels = labels if case.labels is not None else None
+    found = (regions or {}).get(case.case_id) if labels is None else None
+    marked = found if labels is None else case.labels
     images = {modality: sha256_file(path) for modality, path in case.images.items()}
-    digests = images, sha256_file(case.labels) if labels is not None else None
+    digests = images, None if marked is None else sha256_file(marked)
     declared = to_dict(labels) if labels is not None else None
     key = sha256_json([_VERSION, case.case_id, *digests, orientation, list(modalities), declared])
     path = None if kept is None else kept_file(kept, case.case_id)
     measured = None if path is None else _read_kept(path, key)
     if measured is None:
-        measured = _measure(case, modalities, labels, orientation, digests)
+        measured = _measure(case, modalities, labels, orientation, digests, found)
         if path is not None:
             _keep(path, key, measured)
     return measured
@@ -124,17 +133,19 @@ def _measure(
     labels: Labels | None,
     orientation: str | None,
     digests: tuple[dict[str, str], str | None],
+    mask: Path | None,
 ) -> Measured:
     images = _read(case)
     first = next(iter(images.values()))
     grid = first.grid
-    label_map = None if labels is None else check_labels(case, grid, labels).array_zyx
-    box = body_box({"CT": first} if "CT" in images else images)
-    found = None if label_map is None else _Found(label_map, labels)
+    box, found = body_box({"CT": first} if "CT" in images else images), None
+    if labels is not None:
+        found = _Found(check_labels(case, grid, labels).array_zyx, labels)
+    elif mask is not None:
+        found = _Found(found_region(mask, grid).array_zyx, REGION)
+    bulk = found.bulk() if found else None
     voxel_ml = math.prod(grid.spacing_zyx_mm) / 1000
-    oriented, cropped = first, Volume(first.array_zyx[box], dataclasses.replace(grid, shape_zyx=_shape_of(box)))
-    if orientation is not None:
-        oriented, cropped = orient(oriented, orientation), orient(cropped, orientation)
+    oriented, cropped = _oriented(first, orientation), _oriented(_cropped(first, box), orientation)
     record = CaseFingerprint(
         case_id=case.case_id,
         modalities=tuple(images),
@@ -148,9 +159,19 @@ def _measure(
         labelled_voxels=found.labelled if found else 0,
         label_ml={name: voxels * voxel_ml for name, voxels in found.voxels.items()} if found else {},
         label_parts=found.parts() if found else {},
+        bulk_shape_zyx=_oriented(_cropped(first, bulk), orientation).grid.shape_zyx if bulk else None,
     )
     histograms = _histograms(images, found, found.box if found and found.labelled else box)
     return Measured(record, histograms, _thumbnail(cropped.array_zyx))
+
+
+def _cropped(volume: Volume, box: Box) -> Volume:
+    """For its shape and orientation; where it lies is left as it was."""
+    return Volume(volume.array_zyx[box], dataclasses.replace(volume.grid, shape_zyx=_shape_of(box)))
+
+
+def _oriented(volume: Volume, orientation: str | None) -> Volume:
+    return volume if orientation is None else orient(volume, orientation)
 
 
 def _read(case: Case) -> dict[str, Volume]:
@@ -208,6 +229,11 @@ class _Found:
         both = tuple(slice(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))
                      for a, b in zip(self.box, box))  # fmt: skip
         return 0 if both == self.box else self.labelled - _sum_of(label_counts(self.array_zyx[both]), self._wanted)
+
+    def bulk(self) -> Box | None:
+        """The `bulk_box` of all outputs."""
+        inside = bulk_box(mask for _, mask in self.masks()) if self.labelled else None
+        return inside and tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(self.box, inside))
 
     def parts(self) -> dict[str, int]:
         """Connected components per output."""

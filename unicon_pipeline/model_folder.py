@@ -18,12 +18,12 @@ from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.extension_plan import StemPlan
 from unicon_pipeline.families import build_foundation, build_native
+from unicon_pipeline.folder_lock import folder_lock
 from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.model import TaskModel, build_stem, build_task_model
 from unicon_pipeline.model_record import CHAIN_FILE, EMBEDDED, Chain, ChainEntry, ModelRecord, TaskPlan
 from unicon_pipeline.native import NativeModel
 from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_json, write_record
-from unicon_pipeline.store import folder_lock
 from unicon_pipeline.weights import canonical_state, load_exactly, load_weights, save_weights
 
 WEIGHTS_FILE = "weights.safetensors"

@@ -30,6 +30,7 @@ from unicon_pipeline.input_shape import (
 )
 from unicon_pipeline.intensity import normalised_air, rules_for
 from unicon_pipeline.records import sha256_json, to_dict
+from unicon_pipeline.tables import enumerated
 
 _FOLDS = 5
 NOMINAL_STEPS = 1500  # of training, for the estimate; the extension plan sets the real number
@@ -38,6 +39,7 @@ _READ_VOXELS_PER_SECOND = 5e6  # decompressing, cropping, resizing there and bac
 _VIEW_REASONS = {
     "patch": "each voxel is labelled: sliding window at full detail",
     "volume": "one answer per case: the whole field of view is one input",
+    "region": "one answer per case: the crop around what {} marks is one input; its mask and its figures go with it",
 }
 
 
@@ -46,8 +48,10 @@ class DataPlan:
     """How a task's cases become network input.
 
     `foundation` and `fingerprint_sha256` are digests of what the plan was made from. `view`: "patch" (sliding window)
-    or "volume" (the whole field of view is one input of `patch_shape_zyx`). `median_shape_zyx`: of the cropped cases
-    at `spacing_zyx_mm`. `folds`: validation case ids per fold. Estimates are for the planning machine.
+    or "volume" (one input of `patch_shape_zyx` a case: the whole field of view, or the crop around its `region`, which
+    that segmentation task of the same model finds). `labels`: of a segmentation task. `median_shape_zyx`: of the
+    cropped cases, or of the crops around regions, at `spacing_zyx_mm`. `folds`: validation case ids per fold. Estimates
+    are for the planning machine.
     """
 
     task: str
@@ -70,6 +74,7 @@ class DataPlan:
     decisions: tuple[Decision, ...]
     fingerprint_sha256: str
     conventions: Conventions = Conventions()
+    region: str | None = None
     schema_version: int = 1
 
     @property
@@ -102,15 +107,16 @@ def plan_task(
     intensity = rules_for(task.modalities, spec.input, task.intensity)
     view = "patch" if task.task_type == "segmentation" else "volume"
     costs = training_costs(spec, task.modalities, view, machine)
-    geometry = choose_shape(view, fingerprint, spec.input, overrides, costs.budget, machine.on_cpu)
+    shape_by = fingerprint, spec.input, overrides, costs.budget, machine.on_cpu
+    geometry = choose_shape(view, *shape_by, around_region=task.region is not None)
     batch, batch_reason = choose_batch(geometry, costs.budget, len(fingerprint.cases), overrides)
-    memory, minutes, seconds, estimates = _estimates(geometry, batch, costs, fingerprint, view, machine)
+    memory, minutes, seconds, estimates = _estimates(geometry, batch, costs, fingerprint, view, machine, task.region)
     folds, folds_reason = _folds(task, fingerprint, overrides)
     return DataPlan(
         task=task.name,
         task_type=task.task_type,
         modalities=task.modalities,
-        labels=task.labels,
+        labels=task.labels if task.task_type == "segmentation" else None,
         foundation=contract_digest(spec),
         orientation=spec.input.orientation,
         spacing_zyx_mm=geometry.spacing,
@@ -125,13 +131,14 @@ def plan_task(
         estimated_minutes_to_train=minutes,
         estimated_seconds_per_case=seconds,
         decisions=(
-            *_data_decisions(fingerprint, spec, intensity),
-            *_geometry_decisions(geometry, view),
+            *_data_decisions(task, fingerprint, spec, intensity),
+            *_geometry_decisions(task, fingerprint, geometry, view),
             Decision("batch", str(batch), batch_reason),
             Decision("folds", str(len(folds)), folds_reason),
             *estimates,
         ),
         fingerprint_sha256=sha256_json(to_dict(fingerprint)),
+        region=task.region,
     )
 
 
@@ -156,6 +163,11 @@ def _check_inputs(task: Task, fingerprint: Fingerprint, spec: FoundationSpec, ma
         )
     if not fingerprint.cases:
         raise PlanError(f"{task.folder}: no usable case to plan with.")
+    if task.region and not any(case.bulk_shape_zyx for case in fingerprint.cases):
+        raise PlanError(
+            f"{task.folder}: the task looks at what {task.region} marks, and no usable case shows any of it. Expected "
+            f"labels in labelsTr/, or a model whose task {task.region} finds it. Else remove region from dataset.json."
+        )
     if task.task_type == "prognosis" and task.targets is not None and "event" in task.targets.columns:
         usable = {case.case_id for case in fingerprint.cases}
         rows = zip(task.targets.case_ids, task.targets.columns["event"])
@@ -176,7 +188,13 @@ def _folds(task: Task, fingerprint: Fingerprint, overrides: Overrides) -> tuple[
 
 
 def _estimates(
-    geometry: InputShape, batch: int, costs: Costs, fingerprint: Fingerprint, view: str, machine: Machine
+    geometry: InputShape,
+    batch: int,
+    costs: Costs,
+    fingerprint: Fingerprint,
+    view: str,
+    machine: Machine,
+    region: str | None,
 ) -> tuple[float, float, float, tuple[Decision, ...]]:
     """Memory in GB, minutes to train, seconds a case, and their rows; PlanError when the memory does not suffice."""
     voxels = math.prod(geometry.shape)
@@ -193,17 +211,18 @@ def _estimates(
     original = statistics.median(math.prod(case.shape_zyx) for case in fingerprint.cases)
     minutes = _rounded(NOMINAL_STEPS * batch * pass_seconds * TRAINING_PASSES / 60)
     seconds = _rounded(tiles * pass_seconds + original / _READ_VOXELS_PER_SECOND)
+    before = f"; what {region} takes to find the region comes on top" if region else ""
     speed = f"{costs.flops / 1e9:.0f} GFLOP/s expected of a {costs.machine}"
     return memory, minutes, seconds, (
         Decision("machine", f"{'CPU' if machine.on_cpu else 'GPU'}, {memory_gb:g} GB for training", machine.source),
         Decision("memory", f"{memory:g} of {memory_gb:g} GB", f"{costs.elements:.0f} feature maps per input voxel"),
         Decision("training time", f"{minutes:g} min", f"{NOMINAL_STEPS} steps, {speed}"),
-        Decision("time per case", f"{seconds:g} s", f"{tiles} input{'s' * (tiles > 1)} and reading"),
+        Decision("time per case", f"{seconds:g} s", f"{tiles} input{'s' * (tiles > 1)} and reading{before}"),
     )
 
 
 def _data_decisions(
-    fingerprint: Fingerprint, spec: FoundationSpec, intensity: dict[str, IntensityRule]
+    task: Task, fingerprint: Fingerprint, spec: FoundationSpec, intensity: dict[str, IntensityRule]
 ) -> Iterator[Decision]:
     cases, failed = len(fingerprint.cases), fingerprint.failed
     left_out = f"left out: {', '.join(failed)}" if failed else "all usable"
@@ -218,7 +237,7 @@ def _data_decisions(
         yield Decision("outcome", f"{follow_up.events} events of {follow_up.cases}", times + seen)
     names = dict.fromkeys(name for case in fingerprint.cases for name in case.label_voxels)
     unseen = [name for name in names if not any(case.label_voxels.get(name) for case in fingerprint.cases)]
-    if unseen:
+    if unseen and task.task_type == "segmentation":
         yield Decision("labels", f"{len(unseen)} never seen", f"no case shows {', '.join(unseen)}: nothing to learn")
     yield Decision("orientation", spec.input.orientation or "as stored", "the foundation's")
     for modality, rule in intensity.items():
@@ -231,10 +250,20 @@ def _data_decisions(
         yield Decision(modality, f"{rule.scheme}, {rule.unit}", source)
 
 
-def _geometry_decisions(geometry: InputShape, view: str) -> Iterator[Decision]:
-    yield Decision("view", view, _VIEW_REASONS[view])
+def _geometry_decisions(
+    task: Task, fingerprint: Fingerprint, geometry: InputShape, view: str
+) -> Iterator[Decision]:
+    yield Decision("view", view, _VIEW_REASONS["region" if task.region else view].format(task.region))
+    if task.region:
+        without = [case.case_id for case in fingerprint.cases if not case.bulk_shape_zyx]
+        cases = len(fingerprint.cases)
+        told = "every case shows it"
+        if without:
+            told = f"the middle of the body is looked at, with no figures of a region, in {enumerated(without)}"
+        yield Decision("region", f"{cases - len(without)} of {cases} cases", told)
     yield Decision("spacing z y x", shown_mm(geometry.spacing), geometry.spacing_reason)
-    yield Decision("median shape", shown(geometry.median), "of the cases, cropped to the body, at this spacing")
+    if not task.region:
+        yield Decision("median shape", shown(geometry.median), "of the cases, cropped to the body, at this spacing")
     yield Decision("patch" if view == "patch" else "input", shown(geometry.shape), geometry.shape_reason)
 
 

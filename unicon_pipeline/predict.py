@@ -21,6 +21,7 @@ from pathlib import Path
 
 from unicon_pipeline.dataset import Case, prediction_cases
 from unicon_pipeline.errors import CheckpointError, UniconError
+from unicon_pipeline.folder_lock import folder_lock
 from unicon_pipeline.geometry import Volume, write_image, write_labels
 from unicon_pipeline.intensity import read_in_units
 from unicon_pipeline.model_folder import ModelFolder
@@ -29,7 +30,6 @@ from unicon_pipeline.prediction_run import Arithmetic, CaseRun, RunRecord, RunRe
 from unicon_pipeline.predictor import Options, Predictor, TaskResult, WantedTasks
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import sha256_file, to_dict
-from unicon_pipeline.store import folder_lock
 from unicon_pipeline.tables import read_table, write_table
 from unicon_pipeline.workers import Failure, Workers
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unicon_pipeline.errors import PredictionError, UniconError
+from unicon_pipeline.folder_lock import folder_lock
 from unicon_pipeline.records import read_record, sha256_file, write_record
-from unicon_pipeline.store import folder_lock
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ Training and prediction share it, so both see a case in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from unicon_pipeline.geometry import Grid, Volume, orient
 from unicon_pipeline.intensity import body_box, box_of, nonzero_region, normaliser
 from unicon_pipeline.label_resize import resize_labels
 from unicon_pipeline.plan import DataPlan
+from unicon_pipeline.region import bulk_box
 from unicon_pipeline.resize import axis_orders, resize_stream, resized_shape, z_slabs
 
 IMAGE_ORDER, LABEL_ORDER = 3, 1  # nnU-Net's: cubic for images, linear per class for labels
@@ -37,6 +39,7 @@ class CaseGeometry:
 class PreparedCase:
     """Network input: float32 (C, Z, Y, X), channels in the plan's order, absent ones zero; labels in step.
 
+    In a "volume" view the labels are a mask, uint8: 1 = region; all 0 where the region is empty.
     `body`: where more than air is, on the network's grid; None where that is everywhere, or not known.
     """
 
@@ -55,7 +58,8 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
     Args:
         images: modality -> volume in HU or SUV, all on one grid. It is emptied, so that no image stays in memory
             longer than it is needed: hand over `dict(images)` to keep them.
-        labels: on the same grid; the crop is widened to hold all of them.
+        labels: on the same grid; the crop is widened to hold all of them. A "volume" view takes them as a mask (not 0
+            is region) and is centred on its `bulk_box`; without a region, on the middle of the crop.
 
     Raises:
         DatasetError: none of the plan's modalities is there.
@@ -81,7 +85,8 @@ def prepare_case(images: dict[str, Volume], plan: DataPlan, labels: Volume | Non
     labels_zyx = None
     if turned_labels is not None:
         label_orders = axis_orders(oriented.spacing_zyx_mm, plan.spacing_zyx_mm, LABEL_ORDER)
-        labels_zyx = np.ascontiguousarray(resize_labels(turned_labels.array_zyx[box], shape, label_orders))
+        resized = _resized_mask if plan.view == "volume" else resize_labels
+        labels_zyx = np.ascontiguousarray(resized(turned_labels.array_zyx[box], shape, label_orders))
     geometry = CaseGeometry(
         original=original,
         oriented=oriented,
@@ -100,6 +105,16 @@ def _fill(
     """A cropped image into its channel, normalised first and resampled then, as nnU-Net does."""
     planes = normaliser(array_zyx, rule, nonzero_zyx)
     resize_stream(map(planes, z_slabs(array_zyx.shape)), array_zyx.shape, out_zyx, orders)
+
+
+def _resized_mask(array_zyx: np.ndarray, shape_zyx: ZYX, orders: ZYX) -> np.ndarray:
+    """Where it is not 0, as 0 and 1 (uint8). A region that no voxel holds a larger share of keeps those it touches."""
+    mask = (array_zyx != 0).view(np.uint8)
+    resized = resize_labels(mask, shape_zyx, orders)
+    if not resized.any():
+        touched = np.argwhere(mask) * shape_zyx // mask.shape
+        resized[tuple(touched.T)] = 1
+    return resized
 
 
 def _oriented(volume: Volume, orientation: str | None) -> Volume:
@@ -128,17 +143,30 @@ def _with_labels(box: tuple[slice, ...], labels: Volume | None) -> tuple[slice, 
 
 
 def _whole_view(case: PreparedCase, plan: DataPlan) -> PreparedCase:
-    """The case centred in the plan's fixed shape: cut where it is larger, air where it is smaller."""
-    source, target = case.array_czyx.shape[1:], plan.patch_shape_zyx
-    if source == tuple(target):
-        return case
+    """The plan's fixed shape about the region's middle, else the case's: cut where there is more, air where less."""
+    mask, target = case.labels_zyx, plan.patch_shape_zyx
+    box = None if mask is None else bulk_box([mask])
+    if box is None:
+        starts = [int((have - want) / 2) for have, want in zip(case.array_czyx.shape[1:], target, strict=True)]
+    else:
+        starts = [(side.start + side.stop - want) // 2 for side, want in zip(box, target, strict=True)]
     air = [value if name in case.present else 0.0 for name, value in zip(plan.modalities, plan.air, strict=True)]
-    fixed = np.empty((len(air), *target), np.float32)
-    fixed[:] = np.array(air, np.float32).reshape(-1, 1, 1, 1)
-    into, out_of = [slice(None)], [slice(None)]
-    for have, want in zip(source, target, strict=True):
-        size = min(have, want)
-        into.append(slice((want - size) // 2, (want - size) // 2 + size))
-        out_of.append(slice((have - size) // 2, (have - size) // 2 + size))
-    fixed[tuple(into)] = case.array_czyx[tuple(out_of)]
-    return PreparedCase(fixed, case.present, None, case.geometry)
+    array_czyx = _cut(case.array_czyx, starts, target, np.array(air, np.float32).reshape(-1, 1, 1, 1))
+    mask = None if mask is None else _cut(mask, starts, target, 0)
+    return PreparedCase(array_czyx, case.present, mask, case.geometry)
+
+
+def _cut(array: np.ndarray, starts: Sequence[int], shape_zyx: ZYX, fill: np.ndarray | int) -> np.ndarray:
+    """(..., Z, Y, X) from `starts` on, `fill` where that lies outside."""
+    have = array.shape[-3:]
+    if not any(starts) and have == tuple(shape_zyx):
+        return array
+    result = np.empty((*array.shape[:-3], *shape_zyx), array.dtype)
+    result[...] = fill
+    into, out_of = [], []
+    for start, want, size in zip(starts, shape_zyx, have, strict=True):
+        low, high = max(start, 0), min(start + want, size)
+        into.append(slice(low - start, high - start))
+        out_of.append(slice(low, high))
+    result[(..., *into)] = array[(..., *out_of)]
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,21 @@ from threadpoolctl import threadpool_limits
 from unicon_pipeline.budget import Machine
 from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.dask_cluster import open_workers
-from unicon_pipeline.dataset import Case, Labels, Task, check_labels, read_case, read_task
+from unicon_pipeline.dataset import Case, Labels, Task, check_labels, on_one_grid, read_case, read_task
+from unicon_pipeline.descriptors import DESCRIPTORS, describe_region
+from unicon_pipeline.errors import PlanError
 from unicon_pipeline.fingerprint import Fingerprint, fingerprint_task
+from unicon_pipeline.folder_lock import folder_lock
+from unicon_pipeline.geometry import Volume, read_image
 from unicon_pipeline.input_shape import NO_OVERRIDES, Overrides
 from unicon_pipeline.nifti import declared_voxels
 from unicon_pipeline.plan import DataPlan, plan_task
 from unicon_pipeline.prepare import prepare_case
 from unicon_pipeline.progress import progress_bar
 from unicon_pipeline.records import sha256_json, to_dict, write_record
+from unicon_pipeline.region import region_mask
 from unicon_pipeline.resize import resized_shape
 from unicon_pipeline.store import (
-    folder_lock,
     forget_case,
     is_sound,
     read_meta,
@@ -46,10 +51,12 @@ _EMPTY_PROCESS_MEGABYTES = 250.0
 
 @dataclass(frozen=True)
 class _Job:
-    """A case, and the digest of all that decides its stored arrays."""
+    """A case, the digest of all that decides what is stored of it, what its labels mean, and the mask found of it."""
 
     case: Case
     made_from: str
+    labels: Labels | None
+    found: Path | None
 
     @property
     def case_id(self) -> str:
@@ -63,13 +70,20 @@ def preprocess_task(
     destination: Path,
     workers: Workers,
     at_most: int | None = None,
+    regions: Mapping[str, Path] | None = None,
 ) -> dict[str, str]:
     """Preprocesses every case of the fingerprint into the store; what is there and unchanged is kept.
+
+    Where the plan names a region, the stored labels are its mask on the view's grid (1 = region; left out where there
+    is none), and the case's meta holds `descriptors`: name -> figure, None where it cannot be known.
+
+    Args:
+        regions: as the fingerprint was made with.
 
     Returns:
         case id -> reason, for the cases that could not be preprocessed.
     """
-    jobs = _jobs(task, fingerprint, plan)
+    jobs = _jobs(task, fingerprint, plan, regions or {})
     for stale in set(stored_case_ids(destination)) - {job.case_id for job in jobs}:
         forget_case(destination, stale)
     failed: dict[str, str] = {}
@@ -96,6 +110,7 @@ def plan_and_preprocess(
     overrides: Overrides = NO_OVERRIDES,
     processes: int | None = None,
     dask: str | None = None,
+    regions: Mapping[str, Path] | None = None,
 ) -> tuple[DataPlan, dict[str, str]]:
     """Checks, fingerprints, plans and preprocesses a task into `work`/preprocessed/<Task>/.
 
@@ -104,6 +119,8 @@ def plan_and_preprocess(
         overrides: spacing, patch, batch, folds, instead of the planned ones.
         processes: cases at a time; None: by cores and free memory.
         dask: address of a Dask scheduler, whose workers see the same folders and do the work.
+        regions: of a task that looks at a region, case id -> label map in which the model's task has marked it (not 0),
+            for cases without labels; on any grid.
 
     Returns:
         The plan, and case id -> reason for the cases that could not be used.
@@ -112,15 +129,17 @@ def plan_and_preprocess(
         DatasetError, PlanError: the folder is wrong, no case is usable, or no plan fits.
     """
     task = read_task(task_folder)
+    if regions and task.region is None:
+        raise PlanError(f"{task.name} looks at no region, but masks of {len(regions)} cases are given: leave them out.")
     folder = Path(work) / "preprocessed" / task.name
     local = processes or usable_processes(_megabytes_to_measure(task))
     with folder_lock(folder), open_workers(local, dask) as workers:
-        fingerprint = fingerprint_task(task, spec.input.orientation, workers, folder / "measured")
+        fingerprint = fingerprint_task(task, spec.input.orientation, workers, folder / "measured", regions)
         write_record(folder / "fingerprint.json", fingerprint)
         plan = plan_task(task, fingerprint, spec, machine, overrides)
         write_record(folder / "plan.json", plan)
         at_most = processes or (usable_processes(_peak_megabytes(fingerprint, plan)) if workers.local else None)
-        failed = preprocess_task(task, fingerprint, plan, folder / "cases", workers, at_most)
+        failed = preprocess_task(task, fingerprint, plan, folder / "cases", workers, at_most, regions)
     return plan, {**fingerprint.failed, **failed}
 
 
@@ -137,7 +156,9 @@ def _peak_megabytes(fingerprint: Fingerprint, plan: DataPlan) -> float:
     for case in fingerprint.cases:
         resized = resized_shape(case.cropped_shape_zyx, case.spacing_zyx_mm, plan.spacing_zyx_mm)
         voxels = max(voxels, math.prod(case.shape_zyx), math.prod(resized))
-    return _EMPTY_PROCESS_MEGABYTES + (len(plan.modalities) + _FURTHER_VOLUMES) * 4 * voxels / 2**20
+    view = math.prod(plan.patch_shape_zyx) if plan.view == "volume" else 0
+    channels = len(plan.modalities)
+    return _EMPTY_PROCESS_MEGABYTES + 4 * ((channels + _FURTHER_VOLUMES) * voxels + channels * view) / 2**20
 
 
 def _recipe(plan: DataPlan) -> dict[str, Any]:
@@ -147,33 +168,50 @@ def _recipe(plan: DataPlan) -> dict[str, Any]:
     return {name: whole[name] for name in names.split()} | {"label_rule": "largest share"}
 
 
-def _jobs(task: Task, fingerprint: Fingerprint, plan: DataPlan) -> list[_Job]:
+def _jobs(task: Task, fingerprint: Fingerprint, plan: DataPlan, regions: Mapping[str, Path]) -> list[_Job]:
     """The files' digests are those of the fingerprint: a file that changes after it is found by the next run."""
     cases, recipe = {case.case_id: case for case in task.cases}, _recipe(plan)
-    return [
-        _Job(cases[seen.case_id], sha256_json([recipe, seen.images_sha256, seen.labels_sha256]))
-        for seen in fingerprint.cases
-    ]
+    if plan.region is not None:
+        recipe["region"] = [None if task.labels is None else to_dict(task.labels), *DESCRIPTORS]
+    jobs = []
+    for seen in fingerprint.cases:
+        made_from = sha256_json([recipe, seen.images_sha256, seen.labels_sha256])
+        jobs.append(_Job(cases[seen.case_id], made_from, task.labels, regions.get(seen.case_id)))
+    return jobs
 
 
 def _preprocess_case(job: _Job, plan: DataPlan, destination: Path) -> str:
     """Worker: one case into the store, unless it is there already, made from the same files in the same way."""
-    case = job.case
+    case, told = job.case, {}
     if is_sound(destination, case.case_id) and read_meta(destination, case.case_id).get("made_from") == job.made_from:
         return "unchanged"
     with threadpool_limits(1):  # the other cores have cases of their own, and the bits must not depend on their number
-        images, labels = read_case(case), None  # its units were checked when it was measured
-        if plan.labels is not None and case.labels is not None:
-            labels = check_labels(case, next(iter(images.values())).grid, plan.labels)
+        if plan.region is not None:
+            images, labels, descriptors = _around_region(job)
+            told = {"descriptors": descriptors}
+        else:
+            images, labels = read_case(case), None  # its units were checked when it was measured
+            if plan.labels is not None and case.labels is not None:
+                labels = check_labels(case, next(iter(images.values())).grid, plan.labels)
         prepared = prepare_case(images, plan, labels)
     meta = {
         "made_from": job.made_from,
         "present": list(prepared.present),
         "geometry": to_dict(prepared.geometry),
         "foreground": _foreground(prepared.labels_zyx, plan.labels),
+        **told,
     }
     write_case(destination, case.case_id, prepared.array_czyx, prepared.labels_zyx, meta, plan.patch_shape_zyx)
     return "stored"
+
+
+def _around_region(job: _Job) -> tuple[dict[str, Volume], Volume | None, dict[str, float | None]]:
+    """The images on one grid, the region's mask, and its descriptors, which want each image on its own grid."""
+    own = {modality: read_image(path) for modality, path in job.case.images.items()}
+    images = on_one_grid((modality, job.case.images[modality], volume) for modality, volume in own.items())
+    mask = region_mask(job.case, next(iter(images.values())).grid, job.labels, job.found)
+    figures = dict.fromkeys(DESCRIPTORS, math.nan) if mask is None else describe_region(mask, own)
+    return images, mask, {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _foreground(labels_zyx: np.ndarray | None, labels: Labels | None) -> dict[str, list[list[int]]]:

@@ -29,12 +29,9 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -221,21 +218,6 @@ def sweep_unfinished(folder: Path) -> None:
         _sweep(case_folder)
 
 
-@contextmanager
-def folder_lock(folder: Path, poll_seconds: float = 0.5) -> Iterator[None]:
-    """Holds the folder for one run; a second run waits, and says so. A dead run holds nothing."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
-        waiting = False
-        while not _try_lock(file):
-            if not waiting:
-                logger.warning("Another run is writing to %s: waiting for it to end.", folder)
-            waiting = True
-            time.sleep(poll_seconds)
-        yield
-
-
 def smallest_integers(labels_zyx: np.ndarray) -> np.ndarray:
     """Labels (any integers, not negative) as uint8 where they fit, else int16, else int32."""
     largest = int(labels_zyx.max(initial=0))
@@ -313,24 +295,3 @@ def _check_arrays(case_id: str, array_czyx: np.ndarray, labels_zyx: np.ndarray |
 
 def _damaged(path: Path, what: str) -> DatasetError:
     return DatasetError(f"{path} {what}. Run unicon_plan_and_preprocess again: damaged cases are made anew.")
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """An operating-system lock, which ends with the process however it ends; released by closing the file."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as problem:  # some network folders know no locks; writes are atomic all the same
-        logger.debug("No lock on %s: %s", file.name, problem)
-    return True

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unicon_pipeline.contract import CT_HU_RULE, ZYX, FoundationSpec, InputContract
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.foundation import FOUNDATIONS, Foundation, declare
+from unicon_pipeline.lean_blocks import in_turn
 
 _NORMS = {"InstanceNorm3d": nn.InstanceNorm3d, "BatchNorm3d": nn.BatchNorm3d}
 _ACTIVATIONS = {"LeakyReLU": nn.LeakyReLU, "ReLU": nn.ReLU}
@@ -71,9 +72,8 @@ class PlainEncoderFoundation(Foundation):
 
     def stages(self, projected: Tensor) -> list[Tensor]:
         first, *later = self.encoder.stages[0][-1].convs
-        for module in (*first.all_modules[1:], *later):
-            projected = module(projected)
-        return [projected, *_stage_by_stage(self.encoder.stages[1:], projected)]
+        whole = in_turn((*first.all_modules[1:], *later), [projected])
+        return [whole, *_stage_by_stage(self.encoder.stages[1:], whole)]
 
 
 def residual_encoder(
