@@ -9,10 +9,13 @@ Makes, of the patients that SRC has:
 - `STS_GTV_CT`, `STS_GTV_CTPET`: segmentation of the gross tumour volume, drawn on the CT; PET keeps its own grid.
 - `STS_EFS`: event-free survival (event: recurrence or metastasis; time: days to it, else to the last follow-up).
 - `STS_Grade`: high grade or not; unknown grades are blank.
+  Both look at the tumour: the masks are theirs as well, and `region` names the task that finds it where there is none.
 - `STS_images`: only where patients lack a mask: their images, for `unicon_predict -i`.
 
-Covariates are those known before treatment; treatment, status and outcome never enter `clinical.csv`, nor does the
-histology, whose free text is different for almost every patient (`mskcc_type` groups it).
+Covariates are those known when the images were made: age, sex, type, site, and for `STS_EFS` the grade (from biopsy).
+Treatment was chosen later and is left out, like status and outcome; so is the histology, whose free text is different
+for almost every patient (`mskcc_type` groups it), and of the site its side. The table does not say from which day it
+counts.
 Patients without what a task needs are left out of it, and named. Files are copied byte for byte. A second run brings
 the folders in line with its own input and `--hold-out`: files of patients that moved or went are removed.
 """
@@ -34,6 +37,8 @@ from unicon_pipeline.records import atomic_path, write_json
 
 MODALITIES = ("CT", "PET")
 COVARIATES = ("age_years", "sex", "mskcc_type", "site", "grade")
+REGION = "STS_GTV_CTPET"
+LABELS = {"background": 0, "tumour": 1}
 ORIGIN = "Soft-tissue-Sarcoma, The Cancer Imaging Archive (Vallieres et al., Phys Med Biol 2015), IBSI; CC BY 3.0"
 
 
@@ -53,6 +58,17 @@ class Patient:
     def field(self, column: str) -> str:
         """A cell of the clinical table, stripped; empty where there is none."""
         return (self.row or {}).get(column, "").strip()
+
+    @property
+    def mask(self) -> Path | None:
+        """Of the tumour, on the CT's grid; None without a CT."""
+        return self.file("CT", "mask") if self.file("CT", "image") else None
+
+    @property
+    def covariates(self) -> dict[str, str]:
+        """What was known when the images were made."""
+        cells = {name: self.field(name) for name in COVARIATES}
+        return cells | {"site": re.sub(r"(left|right)\s+", "", cells["site"], flags=re.IGNORECASE)}
 
     @property
     def outcome(self) -> tuple[float, int] | None:
@@ -96,12 +112,12 @@ def convert(source: Path, out: Path, hold_out: Sequence[str] = ()) -> str:
     if unknown:
         raise DatasetError(f"--hold-out: {source} has no patient {', '.join(unknown)}.")
     lines = []
-    masked = [p for p in patients if p.file("CT", "image") and p.file("CT", "mask")]
-    for task, modalities in (("STS_GTV_CT", ("CT",)), ("STS_GTV_CTPET", MODALITIES)):
+    masked = [p for p in patients if p.mask]
+    for task, modalities in (("STS_GTV_CT", ("CT",)), (REGION, MODALITIES)):
         if masked:
             folder = Path(out) / task
-            _write_files(folder, masked, modalities, hold_out, with_masks=True)
-            extra = {"labels": {"background": 0, "tumour": 1}, "task_type": "segmentation"}
+            _write_files(folder, masked, modalities, hold_out)
+            extra = {"labels": LABELS, "task_type": "segmentation"}
             _write_description(folder, modalities, extra, masked, hold_out)
         lines.append(_summary(task, patients, masked, "a CT with a mask", hold_out))
     followed = [p for p in patients if p.outcome is not None]
@@ -162,12 +178,15 @@ def _write_table_task(
     targets: dict[str, dict[str, object]],
     hold_out: Sequence[str],
 ) -> None:
-    _write_files(folder, patients, MODALITIES, hold_out, with_masks=False)
+    _write_files(folder, patients, MODALITIES, hold_out)
     _write_csv(folder / "targets.csv", targets)
     # The grade is what STS_Grade predicts, so it is no covariate there.
-    covariates = [name for name in COVARIATES if task_type == "prognosis" or name != "grade"]
-    _write_csv(folder / "clinical.csv", {p.name: {name: p.field(name) for name in covariates} for p in patients})
-    _write_description(folder, MODALITIES, {"task_type": task_type}, patients, hold_out)
+    hidden = {"grade"} if task_type == "classification" else set()
+    covariates = {p.name: {k: v for k, v in p.covariates.items() if k not in hidden} for p in patients}
+    _write_csv(folder / "clinical.csv", covariates)
+    # Without any mask nothing from here can teach a model to find the tumour.
+    looks_at = {"region": REGION, "labels": LABELS} if any(p.mask for p in patients) else {}
+    _write_description(folder, MODALITIES, {"task_type": task_type, **looks_at}, patients, hold_out)
 
 
 def _write_unmasked(folder: Path, patients: Sequence[Patient]) -> list[str]:
@@ -182,15 +201,12 @@ def _write_unmasked(folder: Path, patients: Sequence[Patient]) -> list[str]:
     return [f"{folder.name}: images of {len(patients)} patients without a mask, for unicon_predict -i {folder}"]
 
 
-def _write_files(
-    folder: Path, patients: Sequence[Patient], modalities: Sequence[str], hold_out: Sequence[str], with_masks: bool
-) -> None:
+def _write_files(folder: Path, patients: Sequence[Patient], modalities: Sequence[str], hold_out: Sequence[str]) -> None:
     files: dict[Path, Path] = {}
     for suffix, held in (("Tr", False), ("Ts", True)):
         chosen = [p for p in patients if (p.name in hold_out) == held]
         files |= _images(chosen, modalities, folder / f"images{suffix}")
-        if with_masks:
-            files |= {folder / f"labels{suffix}" / f"{p.name}.nii.gz": p.file("CT", "mask") for p in chosen}
+        files |= {folder / f"labels{suffix}" / f"{p.name}.nii.gz": p.mask for p in chosen if p.mask}
     _copy_all(files)
     # A patient who was held out before and is not now, or the other way round, must not stay in both.
     for subfolder in ("imagesTr", "imagesTs", "labelsTr", "labelsTs"):

@@ -129,6 +129,7 @@ def test_scores_of_whole_cases(images, grown, monkeypatch):
     class StandIn:
         tasks = ("Risk",)
         plans = {"Risk": SimpleNamespace(modalities=("CT",))}
+        regions = {}
 
         def __init__(self, folder, tasks, options):
             assert options.precision == "fp32"
@@ -136,12 +137,13 @@ def test_scores_of_whole_cases(images, grown, monkeypatch):
         def unusable(self, task, modalities):
             return None
 
-        def predict(self, volumes, tasks, probabilities_in):
+        def predict(self, volumes, tasks, probabilities_in, beside):
             assert list(volumes) == ["CT"] and probabilities_in("Risk") is None
+            assert beside.clinical == {"age": 61.0} and not beside.own
             yield TaskResult(TaskRun("Risk", ("CT",), 0.1, ("look at it",)), scores={"x": 0.25})
 
     monkeypatch.setattr(array_api, "Predictor", StandIn)
-    found = predict_array(pair(images, "as_made"), grown.model, precision="fp32")
+    found = predict_array(pair(images, "as_made"), grown.model, clinical={"age": 61.0}, precision="fp32")
     assert found["Risk"].scores == {"x": 0.25} and found["Risk"].labels_zyx is None
     assert found["Risk"].run.warnings == ("look at it",)
 

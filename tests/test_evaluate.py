@@ -251,7 +251,9 @@ def test_a_killed_worker_costs_its_own_case_only(four, monkeypatch):
 
 def test_what_cannot_start_says_why(four, tmp_path):
     task, predictions, _ = four
-    with pytest.raises(DatasetError, match="is a prognosis task.*segmentation"):
+    with pytest.raises(DatasetError, match="is a registration task.*segmentation, classification, prognosis"):
+        evaluate(replace(task, task_type="registration"), predictions)
+    with pytest.raises(DatasetError, match="no targets.csv"):
         evaluate(replace(task, task_type="prognosis"), predictions)
     for tolerance_mm in (-1.0, math.nan, math.inf):
         with pytest.raises(UniconError, match="tolerance"):

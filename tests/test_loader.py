@@ -318,6 +318,50 @@ def test_volumes_are_centred_and_carry_their_targets(cases):
     assert not torch.equal(changed[0]["data"], take(VolumeLoader(**settings, workers=0, augment=False), 1)[0]["data"])
 
 
+def test_regions_move_with_their_image_and_rows_come_along(tmp_path):
+    shape = (12, 20, 20)
+    for number in range(3):
+        mask = (blobs(shape, number) > 0).astype(np.uint8)
+        image = np.repeat(6.0 * mask[None], 2, axis=0).astype(np.float32)
+        write_case(tmp_path, f"case{number}", image, mask if number else None, {"present": ["CT"], "foreground": {}})
+    plan = dataclasses.replace(make_plan((12, 24, 18), view="volume"), labels=None, region="Dataset002_Tumour")
+    targets, rows = dict.fromkeys(IDS, 1.0), {case_id: np.array([n, np.nan]) for n, case_id in enumerate(IDS)}
+    settings = dict(cases_folder=tmp_path, case_ids=IDS, plan=plan, batch_size=3, seed=0, targets=targets, tabular=rows)
+    (plain,) = take(VolumeLoader(**settings, workers=0, augment=False), 1)
+    assert plain["region"].shape == (3, 12, 24, 18) and plain["region"].dtype == torch.uint8
+    assert plain["tabular"].dtype == torch.float32 and plain["targets"].shape == (3,)
+    for sample, case_id in enumerate(plain["case_ids"]):
+        assert plain["has_region"][sample] == (case_id != "case0") == bool(plain["region"][sample].any())
+        assert plain["tabular"][sample, 0] == IDS.index(case_id) and plain["tabular"][sample, 1].isnan()
+        if case_id != "case0":
+            assert torch.equal(plain["region"][sample] == 1, plain["data"][sample, 0] > 3)
+    shared = []
+    for batch in take(VolumeLoader(**settings, workers=0), 20):
+        seen, marked = batch["data"][:, 1] > 3, batch["region"] == 1  # PET is absent: only moved, not changed
+        shared += [(seen & marked)[i].sum() / (seen | marked)[i].sum() for i in range(3) if batch["has_region"][i]]
+    assert min(shared) > 0.9 and max(shared) == 1
+    with pytest.raises(DatasetError, match="No figures for case1, case2"):
+        VolumeLoader(**{**settings, "tabular": {"case0": rows["case0"]}}, workers=0)
+    settings = {**settings, "plan": dataclasses.replace(plan, region=None), "tabular": None}
+    assert set(take(VolumeLoader(**settings, workers=0), 1)[0]) == {"data", "targets", "present", "case_ids"}
+
+
+@pytest.mark.parametrize("events, cases", [(3, 10), (5, 13), (7, 8), (1, 6)])
+def test_strata_are_spread_so_that_no_stretch_lacks_an_event(events, cases):
+    ids = tuple(f"case{n}" for n in range(cases))
+    strata = {case_id: int(n < events) for n, case_id in enumerate(ids)}
+    loader = VolumeLoader(".", ids, make_plan(), 1, 0, 0, targets=dict.fromkeys(ids, 0.0), strata=strata)
+    drawn = [loader._case_id(number) for number in range(20 * cases)]
+    stretch = -(-cases // events)
+    for start in range(len(drawn) - stretch):
+        assert any(strata[case_id] for case_id in drawn[start : start + stretch])
+    assert set(Counter(drawn).values()) == {20}
+    assert (
+        events == 1
+        or len({tuple(c for c in drawn[n : n + cases] if strata[c]) for n in range(0, 9 * cases, cases)}) > 2
+    )
+
+
 def test_workers_need_no_torch():
     """A worker imports this module; torch would cost it seconds and hundreds of megabytes."""
     script = "import sys, unicon_pipeline.loader; sys.exit('torch' in sys.modules)"

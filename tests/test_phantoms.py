@@ -363,6 +363,17 @@ class TestFolders:
         assert any("" in row.values() for row in clinical)
         assert json.loads((folder / "dataset.json").read_text())["task_type"] == "prognosis"
 
+    @pytest.mark.parametrize("kind", ["findings", "survival"])
+    def test_a_region_brings_its_labels(self, tmp_path, kind):
+        dataset = pytest.importorskip("unicon_pipeline.dataset")
+        folder = write_phantom_task(tmp_path / kind, kind, 4, 2, modalities=MODALITIES, region="Lesions", **SMALL)
+        task = dataset.read_task(folder)
+        assert (task.region, task.labels.names) == ("Lesions", ("lesion",))
+        expected = make_phantom(case_seed(2, 3), **SMALL).lesions
+        assert np.array_equal(read_labels(task.cases[3].labels).array_zyx, expected.array_zyx)
+        with pytest.raises(DatasetError, match="segmentation task"):
+            write_phantom_task(tmp_path / "other", "lesions", 1, 0, region="Lesions")
+
     def test_cases_of_two_tasks_are_different_patients(self):
         assert not {case_seed(1, i) for i in range(500)} & {case_seed(2, i) for i in range(500)}
 

@@ -179,6 +179,7 @@ class StandIn(WantedTasks):
 
     tasks = ("A", "B")
     plans = {task: SimpleNamespace(labels=None) for task in tasks}
+    task_plans = {}
 
     def __init__(self):
         pass
@@ -186,7 +187,7 @@ class StandIn(WantedTasks):
     def unusable(self, task, modalities):
         return "does not want it" if (task, modalities.keys()) == ("B", {"PET"}) else None
 
-    def predict(self, images, tasks, probabilities_in):
+    def predict(self, images, tasks, probabilities_in, beside):
         for task in tasks:
             yield TaskResult(TaskRun(task, ("CT",), 0.0, ()), scores={"x": 1 / 3, "y": 1.0})
 

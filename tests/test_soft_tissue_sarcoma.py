@@ -13,9 +13,11 @@ from dataset_conversion.soft_tissue_sarcoma import convert, main
 from unicon_pipeline.dataset import check_labels, prediction_cases, read_case, read_task
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.geometry import Grid, write_image, write_labels
+from unicon_pipeline.label_spec import Labels
 
 # A folder with `soft_tissue_sarcoma` in it, for who has the collection.
 REAL = Path(os.environ.get("UNICON_REALDATA", "no such folder")) / "soft_tissue_sarcoma"
+TUMOUR = Labels(("tumour",), ((1,),), False, (1,), None)
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 CT_GRID = Grid((6, 8, 8), (3.0, 1.0, 1.0), (0.0, 0.0, 0.0), IDENTITY)
 # One slice shorter than the CT, as one patient's is.
@@ -86,7 +88,7 @@ class TestTasks:
     def test_survival(self, source, tmp_path):
         summary = convert(source, tmp_path / "raw")
         task = read_task(tmp_path / "raw" / "STS_EFS")
-        assert (task.task_type, task.modalities, task.labels) == ("prognosis", ("CT", "PET"), None)
+        assert (task.task_type, task.modalities, task.labels) == ("prognosis", ("CT", "PET"), TUMOUR)
         assert task.targets.case_ids == ("STS_001", "STS_002", "STS_003")
         # The first had an event on day 266 and was followed to day 845: the earlier one counts.
         assert task.targets.columns == {"time_days": (266.0, 501.0, 756.0), "event": (1.0, 0.0, 0.0)}
@@ -100,6 +102,16 @@ class TestTasks:
         assert len(task.cases) == 4
         assert "left blank: STS_003" in line_of(summary, "STS_Grade")
 
+    @pytest.mark.parametrize("name", ["STS_EFS", "STS_Grade"])
+    def test_the_tumour_is_the_region(self, source, tmp_path, name):
+        convert(source, tmp_path / "raw")
+        task = read_task(tmp_path / "raw" / name)
+        assert (task.region, task.labels) == ("STS_GTV_CTPET", TUMOUR)
+        for case in task.cases:
+            mask = source / case.case_id / "CT_mask.nii.gz"
+            assert (case.labels is None) == (case.case_id == "STS_004")
+            assert case.labels is None or case.labels.read_bytes() == mask.read_bytes()
+
     def test_nothing_leaks_into_the_covariates(self, source, tmp_path):
         convert(source, tmp_path / "raw")
         known_before = {"case_id", "age_years", "sex", "mskcc_type", "site"}
@@ -108,7 +120,8 @@ class TestTasks:
         for path in (tmp_path / "raw").rglob("*.csv"):
             text = path.read_text(encoding="utf-8")
             assert not any(word in text for word in ("Mets", "NED", "AWD", "Chemo", "845", "secret"))
-        assert rows(tmp_path / "raw/STS_EFS/clinical.csv")[2]["age_years"] == ""
+        survival = rows(tmp_path / "raw/STS_EFS/clinical.csv")
+        assert survival[2]["age_years"] == "" and [row["site"] for row in survival] == ["thigh", "arm", "arm"]
 
 
 class TestHoldOut:
@@ -172,7 +185,8 @@ class TestPartialSources:
             mask.unlink()
         convert(source, tmp_path / "raw")
         assert names(tmp_path / "raw") == ["STS_EFS", "STS_Grade", "STS_images"]
-        assert len(read_task(tmp_path / "raw" / "STS_EFS").cases) == 3
+        task = read_task(tmp_path / "raw" / "STS_EFS")
+        assert len(task.cases) == 3 and task.region is None and task.labels is None
 
     def test_without_a_table_the_masks_still_make_tasks(self, source, tmp_path):
         (source / "clinical.csv").unlink()

@@ -61,6 +61,12 @@ def test_a_score_that_is_undefined_is_none_and_no_nan_that_json_would_refuse(tmp
     assert made.run(Batches()).history[-1]["score"] is None
 
 
+def test_training_without_a_score_says_none(tmp_path):
+    made = trainer(tmp_path, steps=3)
+    made.score = None
+    assert made.run(Batches()).history[-1]["score"] is None
+
+
 def test_the_clock_ends_training_and_the_rate_follows_it(tmp_path):
     made = trainer(tmp_path, steps=10**6, minutes=0.5 / 60)
     started = time.monotonic()

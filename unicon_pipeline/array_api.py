@@ -4,6 +4,7 @@
         image = nibabel.load("ct.nii.gz")
         found = model.predict({"CT": (np.asarray(image.dataobj).T, image.affine)})
         found["Lesions"].labels_zyx
+        model.predict(images, clinical={"age": 61, "sex": "F"})["Survival"].scores["risk"]
 
 An image is an array (z, y, x) and its affine as NIfTI and nibabel have it: 4 x 4, from voxel index (x, y, z) to mm in
 patient axes in which right, anterior and superior increase. nibabel's own arrays are x, y, z: transpose them. CT is in
@@ -22,7 +23,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from unicon_pipeline.dataset import on_one_grid
+from unicon_pipeline.case_prediction import Beside, with_own_grids
+from unicon_pipeline.clinical import Row
 from unicon_pipeline.errors import DatasetError, PredictionError
 from unicon_pipeline.geometry import Volume, grid_of
 from unicon_pipeline.intensity import check_units
@@ -47,14 +49,14 @@ class ArrayResult:
         labels_zyx: on the grid of the case's first image, in the order of the task's channels.
         affine: of that grid, as the images' own.
         probabilities: output -> float32 (z, y, x), where they were wanted.
-        scores: output -> score of the whole case.
+        scores: output -> score of the whole case, as a row of predictions.csv; None where there is none.
     """
 
     run: TaskRun
     labels_zyx: np.ndarray | None = None
     affine: np.ndarray | None = None
     probabilities: dict[str, np.ndarray] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float | None] = field(default_factory=dict)
 
 
 class OpenModel:
@@ -68,11 +70,16 @@ class OpenModel:
         every = (name for task in folder.tasks for name in folder.task_plan(task).data.modalities)
         self.modalities = tuple(dict.fromkeys(every))
 
-    def predict(self, images: Images, *, probabilities: bool = False) -> dict[str, ArrayResult]:
+    def predict(
+        self, images: Images, *, probabilities: bool = False, clinical: Row | None = None
+    ) -> dict[str, ArrayResult]:
         """Every task that the images allow.
 
         Images may lie on different grids: each is brought onto that of the first one, in the order of the tasks'
         channels (not of `images`). Modalities that only other tasks of the model know are left aside.
+
+        Args:
+            clinical: covariates by their column in clinical.csv, for the tasks that read them; None: all are unknown.
 
         Returns:
             task -> result, without the tasks that cannot do with these modalities (they are logged).
@@ -85,7 +92,8 @@ class OpenModel:
             raise PredictionError("This model is closed; open it again with open_model.")
         usable = self._usable(self._predictor, images)
         named = [(name, f"images[{name!r}]") for name in self._wanted if name in images]
-        volumes = on_one_grid((name, where, _volume(images[name], where)) for name, where in named)
+        channels = ((name, where, _volume(images[name], where)) for name, where in named)
+        volumes, own = with_own_grids(channels, keep=bool(self._predictor.regions))
         for name, where in named:
             check_units(volumes[name].array_zyx, name, where)
         with TemporaryDirectory(prefix="unicon_") as folder:
@@ -95,7 +103,7 @@ class OpenModel:
                 path.mkdir()
                 return path if probabilities else None
 
-            results = self._predictor.predict(volumes, usable, probabilities_in)
+            results = self._predictor.predict(volumes, usable, probabilities_in, Beside(own, clinical))
             return {result.run.task: _as_arrays(result) for result in results}
 
     def close(self) -> None:
@@ -141,11 +149,12 @@ def predict_array(
     *,
     tasks: Sequence[str] | None = None,
     probabilities: bool = False,
+    clinical: Row | None = None,
     **options: str | bool,
 ) -> dict[str, ArrayResult]:
     """One case by a model that is loaded for it; arguments and errors as `open_model` and `OpenModel.predict`."""
     with open_model(model, tasks=tasks, **options) as opened:
-        return opened.predict(images, probabilities=probabilities)
+        return opened.predict(images, probabilities=probabilities, clinical=clinical)
 
 
 def _volume(image: tuple[ArrayLike, ArrayLike], where: str) -> Volume:

@@ -51,6 +51,7 @@ class FusionHead(nn.Module):
         columns: of the row; 0: it has none.
         embedding, fusion, units: widths of the embeddings and of the two layers before the logits.
         attention: 1: weights of the positions are learned; 0: they are fixed, and only the weighted mean is kept.
+        image: 0: the row alone decides, and no map is looked at.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class FusionHead(nn.Module):
         fusion: int = 512,
         units: int = 128,
         attention: int = 1,
+        image: int = 1,
     ):
         super().__init__()
         self.attention = bool(attention)
         coarsest = {name: c for level in skips.levels for name, c in level.side_channels if name != DETAIL}
-        widths = {FOUNDATION: skips.hidden_channels[-1], **dict(sorted(coarsest.items()))}
+        widths = {FOUNDATION: skips.hidden_channels[-1], **dict(sorted(coarsest.items()))} if image else {}
         self.pools = nn.ModuleDict({name: _Pool(width, self.attention) for name, width in widths.items()})
         self.row = Standard(columns) if columns else None
         self.skip = nn.Linear(columns, output_channels, bias=False) if columns else None

@@ -28,10 +28,7 @@ def choose_device(name: str) -> torch.device:
         raise UniconError(f"--device {name}: choose one of {', '.join(DEVICES)}.")
     if name == "cuda" and not torch.cuda.is_available():
         raise UniconError("--device cuda: torch sees no CUDA device here. Use --device cpu, or install a CUDA torch.")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        _keep_freed_pages()
-    return device
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -94,7 +91,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _keep_freed_pages() -> None:
+def keep_freed_pages() -> None:
+    """For training on a CPU: memory of maps that are gone is kept for the next ones."""
     # Every feature map of a 3-D network is above glibc's mmap threshold, so each layer would map and fault in
     # its pages anew and give them back at once; kept, the same forward pass takes about 60 % of the time.
     if platform.system() != "Linux":

@@ -1,7 +1,6 @@
 """Predictions against references: per case, per output, and over the patients with intervals.
 
-Each task type has one evaluator (`EVALUATORS`); a new one is one function and one line there. This
-version has segmentation.
+Each task type has one evaluator (`EVALUATORS`); a new one is one function and one line there.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from unicon_pipeline.case_evaluate import CaseEvaluation, evaluate_cases, format_cases
 from unicon_pipeline.contract import SpacingZYX
 from unicon_pipeline.dataset import Case, Labels, Task
 from unicon_pipeline.errors import DatasetError, PredictionError, UniconError
@@ -101,14 +101,14 @@ def evaluate(
     seed: int = 0,
     processes: int = 1,
     resample: bool = False,
-) -> Evaluation:
+) -> Evaluation | CaseEvaluation:
     """Compares predictions with the task's references and writes `<predictions>/evaluation.json`.
 
-    References are the labels of the task's cases and of its held-out cases. A case that cannot be
+    References are the labels or outcomes of the task's cases and of its held-out cases. A case that cannot be
     evaluated is listed in `failed`, and the others are evaluated.
 
     Args:
-        predictions: folder with `<case>.nii.gz`.
+        predictions: folder with `<case>.nii.gz`, or of a classification or prognosis task with `predictions.csv`.
         case_ids: the cases to evaluate; None: all that have a prediction.
         tolerance_mm: of the normalised surface distance.
         seed: of the bootstrap.
@@ -190,7 +190,11 @@ def evaluate_segmentation(
 
 
 # task type -> (task, predictions, case_ids, tolerance_mm, seed, processes, resample) -> the record to write.
-EVALUATORS: dict[str, Callable[..., Evaluation]] = {"segmentation": evaluate_segmentation}
+EVALUATORS: dict[str, Callable[..., Evaluation | CaseEvaluation]] = {
+    "segmentation": evaluate_segmentation,
+    "classification": evaluate_cases,
+    "prognosis": evaluate_cases,
+}
 
 
 def _references(task: Task, case_ids: Sequence[str] | None) -> dict[str, tuple[Case, bool]]:
@@ -320,8 +324,13 @@ def _mean_of(case: CaseScores, metric: str) -> float | None:
     return sum(defined) / len(defined) if defined else None
 
 
-def format_evaluation(evaluation: Evaluation) -> str:
-    """A table, one line an output: each metric's mean, interval of the mean, median and count of cases."""
+def format_evaluation(evaluation: Evaluation | CaseEvaluation) -> str:
+    """A table, one line an output: each metric's mean, interval of the mean, median and count of cases.
+
+    Of whole cases: one line a metric.
+    """
+    if isinstance(evaluation, CaseEvaluation):
+        return format_cases(evaluation)
     headings = ("output", "Dice", f"NSD at {evaluation.tolerance_mm:g} mm", "HD95 mm")
     rows = [("", *["mean (95 % interval) median n"] * len(METRICS))]
     for name, summaries in evaluation.outputs.items():

@@ -18,7 +18,7 @@ from unicon_pipeline.geometry import Volume, orient, orientation_code
 from unicon_pipeline.prepare import CaseGeometry
 from unicon_pipeline.resize import axis_matrix, axis_orders
 
-_SLAB_BYTES = 64 << 20
+_SLAB_BYTES = 16 << 20
 
 LastLayer = tuple[np.ndarray, np.ndarray]  # weights (channels, maps) and bias (channels,)
 
@@ -114,9 +114,11 @@ class CaseExport:
             seen = seen[:, y_nearest][:, :, x_nearest]
         decided = decide(logits, self.labels)
         self._whole[self._crop][rows] = decided if everywhere else decided * seen
-        for name, channel in zip(self._probabilities, _probabilities(logits, self.labels), strict=False):
-            place = self._probabilities[name][self._crop][rows]
-            place[...] = channel if everywhere else np.where(seen, channel, place)
+        if self._probabilities:
+            channels = _probabilities(logits, self.labels)
+            for wanted, channel in zip(self._probabilities.values(), channels, strict=True):
+                place = wanted[self._crop][rows]
+                place[...] = channel if everywhere else np.where(seen, channel, place)
 
     def _forget(self) -> None:
         """Drops the input rows that no further output row needs."""

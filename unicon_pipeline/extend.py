@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicon_pipeline.contract import FoundationSpec
+from unicon_pipeline.case_extend import CaseExtendResult, extend_case
 from unicon_pipeline.dataset import read_task
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
-from unicon_pipeline.errors import PlanError
 from unicon_pipeline.evidence import measure_shortcuts
 from unicon_pipeline.extension_plan import (
     ExtensionPlan,
+    Planned,
     Schedule,
-    check_trainable,
     format_extension,
+    load_planned,
     plan_extension,
     schedule_for,
 )
@@ -31,7 +31,6 @@ from unicon_pipeline.metrics import finite_or_none, format_summary, summarise
 from unicon_pipeline.model import build_task_model
 from unicon_pipeline.model_folder import ModelFolder, open_or_create
 from unicon_pipeline.model_record import CHAIN_FILE, ChainEntry, TaskPlan, foundation_spec
-from unicon_pipeline.plan import DataPlan, contract_digest
 from unicon_pipeline.records import read_record, sha256_json, to_dict
 from unicon_pipeline.sliding_window import Window, window_maps
 from unicon_pipeline.store import open_case, stored_case_ids
@@ -39,18 +38,6 @@ from unicon_pipeline.training import CHECKPOINT_FILE, Score, Trainer, TrainingRe
 from unicon_pipeline.verify import probe
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A task that is planned and preprocessed, and the folder that holds it."""
-
-    plan: DataPlan
-    folder: Path
-
-    @property
-    def cases(self) -> Path:
-        return self.folder / "cases"
 
 
 @dataclass(frozen=True)
@@ -85,8 +72,11 @@ def extend(
     precision: str = "auto",
     seed: int = 0,
     resume: bool = True,
-) -> ExtendResult:
+) -> ExtendResult | CaseExtendResult:
     """Extends the model in `model` by the task in `task_folder`.
+
+    A classification or prognosis task is fitted as `extend_case` does by default, where its options are; its number of
+    epochs is chosen, not scheduled, its arithmetic float32, and nothing of it needs to be resumed.
 
     Args:
         work: where unicon_plan_and_preprocess put the task.
@@ -99,6 +89,8 @@ def extend(
         PlanError: the task is not preprocessed for this model, or cannot be trained.
         CheckpointError: the model folder is damaged, or has the task already.
     """
+    if read_task(task_folder).task_type != "segmentation":
+        return extend_case(task_folder, work, model, fold=fold, device=device, seed=seed)
     planned, extension = plan_for(task_folder, work, model, fold=fold, schedule=schedule, seed=seed)
     logger.info("%s", format_extension(extension))
     return _Extension(open_or_create(model), planned, extension, choose_device(device), precision).run(resume)
@@ -120,28 +112,9 @@ def plan_for(
     if (Path(model) / CHAIN_FILE).exists():
         folder = ModelFolder(model)
         stems = folder.stem_plans()
-        if planned.plan.task in folder.tasks:
-            raise PlanError(f"{model} has the task {planned.plan.task} already; tasks are added once. Rename the task.")
+        folder.check_new(planned.plan.task)
     stored = stored_case_ids(planned.cases)
     return planned, plan_extension(planned.plan, spec, stems, stored, schedule or schedule_for(None, None), fold, seed)
-
-
-def load_planned(task_folder: Path, work: Path, spec: FoundationSpec) -> Planned:
-    """The preprocessed task of a task folder.
-
-    Raises:
-        PlanError: it is not there, was made for another foundation, or the task has changed since.
-    """
-    task = read_task(task_folder)
-    folder = Path(work) / "preprocessed" / task.name
-    again = f"Run: unicon_plan_and_preprocess -t {task.name}"
-    if not (folder / "plan.json").is_file():
-        raise PlanError(f"{task.name} is not planned yet: {folder / 'plan.json'} does not exist. {again}")
-    plan = read_record(folder / "plan.json", DataPlan, PlanError)
-    if plan.foundation != contract_digest(spec):
-        raise PlanError(f"{folder / 'plan.json'} was made for a foundation with another contract. {again}")
-    check_trainable(task, plan)
-    return Planned(plan, folder)
 
 
 class _Extension:

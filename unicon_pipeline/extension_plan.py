@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from unicon_pipeline.contract import ZYX, FoundationSpec
-from unicon_pipeline.dataset import Task
+from unicon_pipeline.dataset import Task, read_task
 from unicon_pipeline.decisions import Decision, format_decisions
 from unicon_pipeline.errors import PlanError
 from unicon_pipeline.levels import TOKENS, new_stem_levels, skip_levels
-from unicon_pipeline.plan import DataPlan
+from unicon_pipeline.plan import DataPlan, contract_digest
+from unicon_pipeline.records import read_record
 
 STEPS_PER_EPOCH = 50
 DEFAULT_EPOCHS = 250
@@ -51,7 +53,8 @@ class HeadPlan:
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast. Training ends at `steps` or after `minutes`, whichever comes first; the
-    learning rate reaches zero there (polynomial decay, exponent 0.9, after `warmup_steps`)."""
+    learning rate reaches zero there (polynomial decay, exponent 0.9, after `warmup_steps`). `accumulate`: batches in
+    a step."""
 
     steps: int
     minutes: float | None
@@ -60,6 +63,7 @@ class Schedule:
     warmup_steps: int = 50
     gradient_norm: float = 1.0
     modality_dropout: float = 0.0
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,37 @@ class ExtensionPlan:
         return tuple(sorted(self.new_stems + self.reused_stems, key=lambda stem: self.modalities.index(stem.modality)))
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A task that is planned and preprocessed, and the folder that holds it."""
+
+    task: Task
+    plan: DataPlan
+    folder: Path
+
+    @property
+    def cases(self) -> Path:
+        return self.folder / "cases"
+
+
+def load_planned(task_folder: Path, work: Path, spec: FoundationSpec) -> Planned:
+    """The preprocessed task of a task folder.
+
+    Raises:
+        PlanError: it is not there, was made for another foundation, or the task has changed since.
+    """
+    task = read_task(task_folder)
+    folder = Path(work) / "preprocessed" / task.name
+    again = f"Run: unicon_plan_and_preprocess -t {task.name}"
+    if not (folder / "plan.json").is_file():
+        raise PlanError(f"{task.name} is not planned yet: {folder / 'plan.json'} does not exist. {again}")
+    plan = read_record(folder / "plan.json", DataPlan, PlanError)
+    if plan.foundation != contract_digest(spec):
+        raise PlanError(f"{folder / 'plan.json'} was made for a foundation with another contract. {again}")
+    check_trainable(task, plan)
+    return Planned(task, plan, folder)
+
+
 def plan_extension(
     plan: DataPlan,
     spec: FoundationSpec,
@@ -103,15 +138,12 @@ def plan_extension(
         fold: which of the plan's folds is held out for validation, or "all" to train on every case.
 
     Raises:
-        PlanError: the task type has no head yet, the fold does not exist or leaves nothing to train on, or a
+        PlanError: the task judges whole cases, the fold does not exist or leaves nothing to train on, or a
             modality's name cannot name a stem.
     """
     if plan.labels is None:
-        raise PlanError(
-            f"{plan.task} is a {plan.task_type} task; unicon_extend adds segmentation tasks. "
-            "A classification task can become a foundation with unicon_pretrain."
-        )
-    validation = _validation_cases(plan, fold)
+        raise PlanError(f"{plan.task} is a {plan.task_type} task: case_plan.plan_case_extension plans it.")
+    validation = held_out_cases(plan, fold)
     training = tuple(case for case in stored_cases if case not in validation)
     if not training:
         raise PlanError(f"{plan.task}: fold {fold} leaves no preprocessed case to train on.")
@@ -155,16 +187,23 @@ def check_trainable(task: Task, plan: DataPlan) -> None:
     """The preprocessed data must still be those of the task.
 
     Raises:
-        PlanError: the task's channels or labels changed since it was planned.
+        PlanError: the task's type, channels, labels or region changed since it was planned.
     """
-    if (task.modalities, task.labels) != (plan.modalities, plan.labels):
+    labels = task.labels if task.task_type == "segmentation" else None
+    wanted = (task.task_type, task.modalities, labels, task.region)
+    if wanted != (plan.task_type, plan.modalities, plan.labels, plan.region):
         raise PlanError(
             f"{task.folder / 'dataset.json'} has changed since {task.name} was planned "
-            "(channels or labels differ): run unicon_plan_and_preprocess again."
+            "(type, channels, labels or region differ): run unicon_plan_and_preprocess again."
         )
 
 
-def _validation_cases(plan: DataPlan, fold: int | str) -> frozenset[str]:
+def held_out_cases(plan: DataPlan, fold: int | str) -> frozenset[str]:
+    """The cases of a fold of the plan; none for "all".
+
+    Raises:
+        PlanError: there is no such fold.
+    """
     if fold == "all":
         return frozenset()
     if fold not in range(len(plan.folds)):

@@ -12,6 +12,7 @@ from unicon_pipeline.records import to_dict
 
 _SHOWN_PROVENANCE = ("family", "source", "file", "sha256", "fold", "made_by", "task", "training_cases", "validation")
 _MOST_OUTPUTS = 10
+_METRICS = {"harrell_c": "Harrell's C", "auc": "AUC"}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -36,13 +37,15 @@ def _task(entry: ChainEntry, plan: TaskPlan, card: dict[str, Any]) -> dict[str, 
         "name": entry.name,
         "task_type": plan.data.task_type,
         "modalities": list(plan.data.modalities),
-        "outputs": list(plan.data.labels.names if plan.data.labels else plan.native.outputs),
+        "outputs": list(_outputs(plan)),
         "spacing_zyx_mm": list(plan.data.spacing_zyx_mm),
         "patch_shape_zyx": list(plan.data.patch_shape_zyx),
         "added_bytes": entry.added_bytes,
     }
     if plan.native is not None:
         return common | {"origin": plan.native.origin}
+    if plan.case is not None:
+        common |= {"inputs": list(plan.case.inputs), "region": plan.data.region, "figures": list(plan.case.names)}
     return common | {
         "brought_stems": list(entry.stems),
         "trained_parameters": entry.trained_parameters,
@@ -50,6 +53,12 @@ def _task(entry: ChainEntry, plan: TaskPlan, card: dict[str, Any]) -> dict[str, 
         "training_minutes": card["training"]["minutes"],
         "validation": card["validation"],
     }
+
+
+def _outputs(plan: TaskPlan) -> tuple[str, ...]:
+    if plan.data.labels:
+        return plan.data.labels.names
+    return plan.native.outputs if plan.native else plan.case.outputs
 
 
 def format_description(description: dict[str, Any]) -> str:
@@ -101,5 +110,11 @@ def _told_task(task: dict[str, Any]) -> Iterator[str]:
         f"            {task['trained_parameters']:,} trained parameters, {task['added_bytes'] / 1e6:.1f} MB, "
         f"{task['training_cases']} cases, {task['training_minutes']:g} minutes of training"
     )
-    if task["validation"]:
-        yield f"            validation Dice {format_summary(task['validation'])}"
+    if "inputs" in task:
+        around = f" around {task['region']}" if task["region"] else ""
+        yield f"            reads {', '.join(task['inputs'])}{around}; {len(task['figures'])} figures beside the image"
+    if found := task["validation"]:
+        metric = _METRICS.get(found["metric"], found["metric"])
+        how = f"; {found['how']}" if "how" in found else ""
+        yield f"            validation {metric} {format_summary(found)}{how}"
+        yield from [f"            {found['verdict']}"] if "verdict" in found else []

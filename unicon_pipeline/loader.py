@@ -166,8 +166,11 @@ class BatchLoader(ABC):
     def _case_id(self, number: int) -> str:
         """The case of the number-th sample since step 0."""
         round_number, index = divmod(number, len(self.case_ids))
-        order = np.random.default_rng([self.seed, _ORDER, round_number]).permutation(len(self.case_ids))
-        return self.case_ids[order[index]]
+        return self.case_ids[self._order(np.random.default_rng([self.seed, _ORDER, round_number]))[index]]
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        """The cases of one round, as places in `case_ids`."""
+        return generator.permutation(len(self.case_ids))
 
     def _case(self, case_id: str) -> _OpenCase:
         if case_id not in self._opened:
@@ -238,25 +241,50 @@ class VolumeLoader(BatchLoader):
     """Whole volumes with their target vectors, for tasks that have one answer per case.
 
     A batch: `data` float32 (B, C, Z, Y, X) of the plan's shape, the image centred, cropped or padded with air;
-    `targets` float32 (B, T), NaN where blank; `present` bool (B, C); `case_ids`.
+    `targets` float32 (B, T), NaN where blank; `present` bool (B, C); `case_ids`. Where the plan has a region, `region`
+    uint8 (B, Z, Y, X), 1 in it, changed with the image, and `has_region` bool (B,): false, and all zeros, where the
+    case has none. Where rows are given, `tabular` float32 (B, D).
 
     Args:
-        targets: case id -> (T,) target vector.
+        targets: case id -> (T,) target vector, or a number.
+        tabular: case id -> (D,) figures.
+        strata: case id -> what each stretch of cases should have its share of (event or not, the class). With E of n
+            cases in one of two strata, any n / E cases in a row, rounded up, hold one of it.
     """
 
     targets: dict[str, np.ndarray] = field(kw_only=True)
+    tabular: dict[str, np.ndarray] | None = field(kw_only=True, default=None)
+    strata: dict[str, int] | None = field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        missing = [case_id for case_id in self.case_ids if case_id not in self.targets]
-        if missing:
-            raise DatasetError(f"No targets for {', '.join(missing)}. Add them to targets.csv or leave them out.")
+        for what, given in (("targets", self.targets), ("figures", self.tabular), ("stratum", self.strata)):
+            missing = [] if given is None else [case_id for case_id in self.case_ids if case_id not in given]
+            if missing:
+                advice = " Add them to targets.csv or leave them out." if what == "targets" else ""
+                raise DatasetError(f"No {what} for {', '.join(missing)}.{advice}")
 
     def _sample(self, case: _OpenCase, generator: np.random.Generator, position: int) -> tuple[np.ndarray, dict]:
-        start = (np.array(case.stored.array.shape[1:]) - np.array(self.plan.patch_shape_zyx)) // 2
-        image = self._cut_image(case, start, self._draw_change(generator, VOLUME_SCALES))
-        case_id = case.stored.case_id
-        return image, {"targets": np.asarray(self.targets[case_id], dtype=np.float32), "case_ids": case_id}
+        shape, case_id = self.plan.patch_shape_zyx, case.stored.case_id
+        start = (np.array(case.stored.array.shape[1:]) - np.array(shape)) // 2
+        change = self._draw_change(generator, VOLUME_SCALES)
+        others = {"targets": np.asarray(self.targets[case_id], dtype=np.float32), "case_ids": case_id}
+        if self.plan.region is not None:
+            mask = case.stored.labels
+            region = np.zeros(shape, np.uint8) if mask is None else _cut(mask, start, shape, change, [0])[0]
+            others |= {"region": region.astype(np.uint8, copy=False), "has_region": np.array(region.any())}
+        if self.tabular is not None:
+            others["tabular"] = np.asarray(self.tabular[case_id], dtype=np.float32)
+        return self._cut_image(case, start, change), others
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        """With strata, each round has the same strata in the same places, evenly apart; which case, is drawn."""
+        if self.strata is None:
+            return super()._order(generator)
+        strata = np.array([self.strata[case_id] for case_id in self.case_ids])
+        members = [generator.permutation(np.flatnonzero(strata == stratum)) for stratum in np.unique(strata)]
+        place = np.concatenate([(np.arange(len(those)) + 0.5) / len(those) for those in members])
+        return np.concatenate(members)[place.argsort(kind="stable")]
 
 
 @dataclass(frozen=True)

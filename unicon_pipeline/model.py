@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+import unicon_pipeline.case_head  # noqa: F401  its heads register themselves
 from unicon_pipeline.adapters import ADAPTERS
 from unicon_pipeline.extension_plan import ExtensionPlan, StemPlan
 from unicon_pipeline.foundation import Foundation, freeze
@@ -76,6 +77,10 @@ class TaskModel(nn.Module):
             added = projected if added is None else added + projected
             maps[name] = skips
         native, native_present = self._native(images_bczyx, present_bc)
+        if native is None and added is None:  # a whole case may be judged by figures of what the encoder cannot read
+            channels = len(self.foundation.spec.input.modalities)
+            native = torch.zeros_like(images_bczyx[:, :1]).expand(-1, channels, -1, -1, -1)
+            native_present = native.new_zeros(len(native))
         inputs = (native, native_present, added)
         pyramid = self.foundation(*inputs) if self.adapter is None else self.adapter(self.foundation, *inputs)
         return Features(pyramid, maps, native, native_present)

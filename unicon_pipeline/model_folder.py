@@ -9,6 +9,8 @@ leftovers of a cut extension and count for nothing.
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,15 @@ from unicon_pipeline.foundation import Foundation, freeze
 from unicon_pipeline.model import TaskModel, build_stem, build_task_model
 from unicon_pipeline.model_record import CHAIN_FILE, EMBEDDED, Chain, ChainEntry, ModelRecord, TaskPlan
 from unicon_pipeline.native import NativeModel
-from unicon_pipeline.records import read_record, sha256_file, sha256_json, to_dict, write_json, write_record
+from unicon_pipeline.records import (
+    atomic_path,
+    read_record,
+    sha256_file,
+    sha256_json,
+    to_dict,
+    write_json,
+    write_record,
+)
 from unicon_pipeline.weights import canonical_state, load_exactly, load_weights, save_weights
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -59,8 +69,13 @@ class ModelFolder(ModelRecord):
         self._load(model, f"tasks/{task}", ("foundation.", "stems."))
         return freeze(model)
 
-    def add_task(self, plan: TaskPlan, model: TaskModel, card: dict[str, Any]) -> ChainEntry:
+    def add_task(
+        self, plan: TaskPlan, model: TaskModel, card: dict[str, Any], beside: Sequence[Path] = ()
+    ) -> ChainEntry:
         """Writes what a task adds, and last its entry in the chain.
+
+        Args:
+            beside: files to copy beside the card.
 
         Raises:
             CheckpointError: the task or one of its stems has meanwhile been added by another run.
@@ -80,6 +95,10 @@ class ModelFolder(ModelRecord):
                 files += [f"stems/{stem.modality}/stem.json", f"stems/{stem.modality}/{WEIGHTS_FILE}"]
             rest = {key: value for key, value in state.items() if not key.startswith("stems.")}
             files += self._write_task(plan, rest, card)
+            for path in beside:
+                files.append(f"tasks/{name}/{path.name}")
+                with atomic_path(self.path / files[-1]) as aside:
+                    shutil.copyfile(path, aside)
             trained = sum(parameter.numel() for parameter in state.values())
             return self._append("task", name, stems, files, trained)
 

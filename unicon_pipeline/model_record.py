@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unicon_pipeline.case_reading import CaseReading
 from unicon_pipeline.contract import FoundationSpec
-from unicon_pipeline.errors import CheckpointError
+from unicon_pipeline.errors import CheckpointError, PlanError
 from unicon_pipeline.extension_plan import ExtensionPlan, StemPlan
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.records import read_json, read_record, sha256_file, sha256_json, to_dict
@@ -60,17 +61,21 @@ class Chain:
 class TaskPlan:
     """`plan.json` of a task: how its data becomes input, and what it added.
 
-    A task has an `extension`, or it came with the checkpoint and is `native`.
+    A task has an `extension`, or it came with the checkpoint and is `native`. `case`: of an extension that judges whole
+    cases, what it reads beside the image and what it answers.
     """
 
     data: DataPlan
     extension: ExtensionPlan | None
     native: NativePlan | None = None
+    case: CaseReading | None = None
     schema_version: int = 1
 
     def __post_init__(self) -> None:
         if (self.extension is None) == (self.native is None):
             raise ValueError("a task has either an extension or a native network.")
+        if self.case is not None and self.extension is None:
+            raise ValueError("a native task judges cases in its own way.")
 
 
 class ModelRecord:
@@ -122,6 +127,11 @@ class ModelRecord:
             has = ", ".join(self.tasks) or "none yet"
             raise CheckpointError(f"{self.path} has no task {task!r}; it has: {has}.")
         return read_record(self.checked(f"tasks/{task}/plan.json"), TaskPlan, CheckpointError)
+
+    def check_new(self, task: str) -> None:
+        """Raises PlanError: the model has the task."""
+        if task in self.tasks:
+            raise PlanError(f"{self.path} has the task {task} already; tasks are added once. Rename the task.")
 
     def card(self, task: str) -> dict[str, Any]:
         """A task's card: data fingerprint, metrics, seeds, versions, probe."""

@@ -86,6 +86,7 @@ def write_phantom_task(
     shape_zyx: ZYX = DEFAULT_SHAPE_ZYX,
     spacing_zyx_mm: SpacingZYX = DEFAULT_SPACING_ZYX_MM,
     modalities: Sequence[str] = ("CT",),
+    region: str | None = None,
 ) -> Path:
     """Writes a complete task folder of `n` phantoms, `phantom_0001` and so on; returns `folder`.
 
@@ -93,36 +94,41 @@ def write_phantom_task(
         kind: "lesions" (segmentation, label 1), "findings" (multi-label, some cells blank = not annotated)
             or "survival" (`time_days`, `event`, and `clinical.csv` with gaps).
         modalities: the channels in order, each image on its own grid; labels lie on the first one's grid.
+        region: of findings and survival, the segmentation task that finds what they look at; lesions are labelled.
 
     Raises:
-        DatasetError: unknown kind or modality, or no cases asked for.
+        DatasetError: unknown kind or modality, no cases asked for, or a region of a segmentation task.
     """
     folder = Path(folder)
     _check_modalities(modalities, modalities)
     if kind not in TASK_TYPES or n < 1:
         raise DatasetError(f"Cannot make {n} cases of kind {kind!r}: choose one of {', '.join(TASK_TYPES)}, n >= 1.")
+    if region is not None and kind == "lesions":
+        raise DatasetError(f"The region {region} is for findings and survival; lesions are a segmentation task.")
     targets, clinical = {}, {}
     for index in range(n):
         case_id = f"phantom_{index + 1:04d}"
         phantom = make_phantom(case_seed(seed, index), shape_zyx=shape_zyx, spacing_zyx_mm=spacing_zyx_mm)
         _write_channels(folder / "imagesTr", case_id, phantom, modalities, modalities)
-        if kind == "lesions":
+        if kind == "lesions" or region is not None:
             grid = _image(phantom, modalities[0]).grid
             labels = phantom.lesions if modalities[0] == "CT" else onto_grid(phantom.lesions, grid, 0.0, nearest=True)
             write_labels(folder / "labelsTr" / f"{case_id}.nii.gz", labels.array_zyx, grid)
-        elif kind == "findings":
+        if kind == "findings":
             (for_blanks,) = generators(case_seed(seed, index), "blanks", 1)
             blank = for_blanks.random(len(phantom.findings)) < _BLANK_SHARE
             targets[case_id] = {k: "" if b else v for (k, v), b in zip(phantom.findings.items(), blank, strict=True)}
-        else:
+        elif kind == "survival":
             targets[case_id] = {"time_days": phantom.time_days, "event": phantom.event}
             clinical[case_id] = phantom.clinical
     for name, rows in (("targets.csv", targets), ("clinical.csv", clinical)):
         if rows:
             _write_table(folder / name, rows)
     description = _description(modalities) | {"numTraining": n, "task_type": TASK_TYPES[kind]}
-    if kind == "lesions":
+    if kind == "lesions" or region is not None:
         description["labels"] = {"background": 0, "lesion": 1}
+    if region is not None:
+        description["region"] = region
     write_json(folder / "dataset.json", description)
     return folder
 

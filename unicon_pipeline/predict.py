@@ -19,30 +19,50 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from unicon_pipeline.dataset import Case, prediction_cases
+from unicon_pipeline.case_prediction import Beside, with_own_grids
+from unicon_pipeline.clinical import Row
+from unicon_pipeline.dataset import Case, prediction_cases, prediction_clinical
 from unicon_pipeline.errors import CheckpointError, UniconError
 from unicon_pipeline.folder_lock import folder_lock
-from unicon_pipeline.geometry import Volume, write_image, write_labels
-from unicon_pipeline.intensity import read_in_units
+from unicon_pipeline.geometry import Volume, read_image, write_image, write_labels
+from unicon_pipeline.intensity import check_units
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.prediction_run import Arithmetic, CaseRun, RunRecord, RunReport, still_valid
 from unicon_pipeline.predictor import Options, Predictor, TaskResult, WantedTasks
 from unicon_pipeline.progress import progress_bar
-from unicon_pipeline.records import sha256_file, to_dict
+from unicon_pipeline.records import sha256_file, sha256_json, to_dict
 from unicon_pipeline.tables import read_table, write_table
 from unicon_pipeline.workers import Failure, Workers
 
 logger = logging.getLogger(__name__)
 
 Part = tuple[int, int]  # which one, of how many
-Rows = dict[str, dict[str, float]]  # case -> column -> score
+Rows = dict[str, dict[str, float | None]]  # case -> column -> score
 _FAILURES = (UniconError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
+class _Item:
+    """A case and, where a task reads it, its row of clinical.csv."""
+
+    case: Case
+    clinical: Row | None = None
+
+    @property
+    def case_id(self) -> str:
+        return self.case.case_id
+
+    def digests(self) -> dict[str, str]:
+        """Of all that decides its results: modality -> sha256 of the file, and clinical.csv -> of the row."""
+        row = {} if self.clinical is None else {"clinical.csv": sha256_json(self.clinical)}
+        return {modality: sha256_file(path) for modality, path in self.case.images.items()} | row
+
+
+@dataclass(frozen=True)
 class _Job:
-    """What is asked of every case. `head`: digest of the model that is meant."""
+    """What is asked of every case. `head`: digest of the model that is meant. `own_grids`: whether images are wanted
+    on the grids that they came on too."""
 
     model: Path
     head: str
@@ -50,6 +70,7 @@ class _Job:
     options: Options
     save_probabilities: bool
     out: Path
+    own_grids: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ class _Outcome:
     """A case's run; task -> output -> score of the tasks that judge a whole case; None: no predictor was there."""
 
     run: CaseRun
-    scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    scores: Rows = dataclasses.field(default_factory=dict)
     arithmetic: Arithmetic | None = None
 
 
@@ -90,13 +111,15 @@ def predict_folder(
     """
     folder, workers = ModelFolder(model), workers or Workers()
     wanted = WantedTasks(folder, tasks)
-    job = _Job(folder.path, folder.head, wanted.tasks, Options(**options), save_probabilities, Path(out))
-    cases = prediction_cases(Path(source), wanted.channel_names())
+    asked_of = (folder.path, folder.head, wanted.tasks, Options(**options), save_probabilities, Path(out))
+    job = _Job(*asked_of, own_grids=bool(wanted.regions))
+    cases = _items(Path(source), wanted)
     own = cases if part is None else cases[part[0] :: part[1]]
     asked = to_dict(job.options) | {"save_probabilities": save_probabilities}
     record = RunRecord(job.out, job.head, job.tasks, asked, [case.case_id for case in cases])
-    earlier, output = record.begin(keep=resume or part is not None), _Output(job.out, wanted.plans)
-    todo = [case for case in own if not (resume and _is_done(earlier.get(case.case_id), case, job))]
+    earlier, output = record.begin(keep=resume or part is not None), _Output(job.out, _plans(wanted))
+    listed = output.listed() if resume else {}
+    todo = [case for case in own if not (resume and _is_done(earlier.get(case.case_id), case, listed, job))]
     if len(todo) < len(own):
         logger.info("%d of %d cases are done already.", len(own) - len(todo), len(own))
     output.begin_tables(earlier.keys() - {case.case_id for case in todo})
@@ -110,15 +133,25 @@ def predict_folder(
     return record.report([case.case_id for case in own])
 
 
-def _is_done(earlier: CaseRun | None, case: Case, job: _Job) -> bool:
-    return earlier is not None and still_valid(earlier, _digests(case), job.out)
+def _items(source: Path, wanted: WantedTasks) -> list[_Item]:
+    cases = prediction_cases(source, wanted.channel_names())
+    table = prediction_clinical(source) if wanted.read_clinical else None
+    rows = [None] * len(cases) if table is None else table.rows_of(case.case_id for case in cases)
+    return [_Item(case, row) for case, row in zip(cases, rows, strict=True)]
 
 
-def _digests(case: Case) -> dict[str, str]:
-    return {modality: sha256_file(path) for modality, path in case.images.items()}
+def _plans(wanted: WantedTasks) -> dict[str, DataPlan]:
+    """Of the tasks whose results are written."""
+    return {task: wanted.plans[task] for task in wanted.tasks}
 
 
-def _outcomes(cases: Sequence[Case], job: _Job, workers: Workers, output: _Output) -> Iterator[_Outcome]:
+def _is_done(earlier: CaseRun | None, item: _Item, listed: dict[str, set[str]], job: _Job) -> bool:
+    if earlier is None or not still_valid(earlier, item.digests(), job.out):
+        return False
+    return all(item.case_id in listed[run.task] for run in earlier.done if run.task in listed)
+
+
+def _outcomes(cases: Sequence[_Item], job: _Job, workers: Workers, output: _Output) -> Iterator[_Outcome]:
     """In the order of completion; their files are written."""
     if not cases:
         return
@@ -127,7 +160,7 @@ def _outcomes(cases: Sequence[Case], job: _Job, workers: Workers, output: _Outpu
         done = ((outcome.run.case_id, outcome) for outcome in _overlapped(cases, predictor, job))
     else:
         done = ((case.case_id, outcome) for case, outcome in workers.each(_predict_case, cases, job))
-    images = {case.case_id: tuple(case.images) for case in cases}
+    images = {item.case_id: tuple(item.case.images) for item in cases}
     with closing(done):
         for case_id, outcome in progress_bar(done, "predict", lambda pair: pair[0], len(cases)):
             if isinstance(outcome, Failure):
@@ -136,39 +169,44 @@ def _outcomes(cases: Sequence[Case], job: _Job, workers: Workers, output: _Outpu
             yield outcome
 
 
-def _overlapped(cases: Sequence[Case], predictor: Predictor, job: _Job) -> Iterator[_Outcome]:
+def _overlapped(cases: Sequence[_Item], predictor: Predictor, job: _Job) -> Iterator[_Outcome]:
     """The next case is read and the last one is written while the network works on one."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        reading, written = reader.submit(_read, cases[0]), None
-        for case, following in zip(cases, (*cases[1:], None)):
+        reading, written = reader.submit(_read, cases[0], job), None
+        for item, following in zip(cases, (*cases[1:], None)):
             read = reading
-            reading = reader.submit(_read, following) if following else None
-            writing = writer.submit(_write, *_work(case, read, predictor, job))
+            reading = reader.submit(_read, following, job) if following else None
+            writing = writer.submit(_write, *_work(item.case, read, predictor, job))
             if written is not None:
                 yield written.result()
             written = writing
         yield written.result()
 
 
-def _predict_case(case: Case, job: _Job) -> _Outcome:
+def _predict_case(item: _Item, job: _Job) -> _Outcome:
     """Worker: one case, with its files written."""
     reading: Future = Future()
-    reading.set_result(_read(case))
-    return _write(*_work(case, reading, _predictor(job), job))
+    reading.set_result(_read(item, job))
+    return _write(*_work(item.case, reading, _predictor(job), job))
 
 
 @dataclass(frozen=True)
 class _Read:
     images: dict[str, Volume]
     inputs: dict[str, str]
+    beside: Beside
 
 
-def _read(case: Case) -> _Read | str:
-    """A case's volumes and the digests of their files; or why it cannot be read."""
+def _read(item: _Item, job: _Job) -> _Read | str:
+    """A case's volumes in their units (HU, SUV) and the digests of what is read; or why it cannot be read."""
+    files = item.case.images
     try:
-        return _Read(read_in_units(case), _digests(case))
+        images, own = with_own_grids(((name, path, read_image(path)) for name, path in files.items()), job.own_grids)
+        for modality, volume in images.items():
+            check_units(volume.array_zyx, modality, files[modality])
+        return _Read(images, item.digests(), Beside(own, item.clinical))
     except _FAILURES as problem:
-        return _reason(problem, case)
+        return _reason(problem, item.case)
 
 
 def _work(
@@ -176,7 +214,7 @@ def _work(
 ) -> tuple[_Outcome, list[TaskResult], _Scratch, _Job]:
     """What `_write` needs of a case: the outcome so far, results not yet written, and the files they grow in."""
     run = CaseRun(case.case_id, tuple(case.images), (), {}, None)
-    _Output(job.out, predictor.plans).clear(case.case_id)
+    _Output(job.out, _plans(predictor)).clear(case.case_id)
     scratch, results, read = _Scratch(job), [], reading.result()
     if isinstance(read, str):
         return _Outcome(dataclasses.replace(run, failure=read)), results, scratch, job
@@ -184,7 +222,7 @@ def _work(
     run = dataclasses.replace(run, skipped=skipped, inputs=read.inputs)
     try:
         usable = [task for task in predictor.tasks if task not in skipped]
-        for result in predictor.predict(read.images, usable, scratch.of):
+        for result in predictor.predict(read.images, usable, scratch.of, read.beside):
             results.append(result)
     except _FAILURES as problem:
         run = dataclasses.replace(run, failure=_reason(problem, case))
@@ -269,10 +307,15 @@ class _Output:
             elif plan.labels is None:
                 self._table(task).unlink(missing_ok=True)
 
-    def add_scores(self, case_id: str, scores: dict[str, dict[str, float]]) -> None:
-        """A case's row in each table; runs beside this one add theirs."""
+    def listed(self) -> dict[str, set[str]]:
+        """Task -> the cases that its table has."""
+        tables = {task: self._table(task) for task, plan in self._plans.items() if plan.labels is None}
+        return {task: set(read_table(path).case_ids) if path.is_file() else set() for task, path in tables.items()}
+
+    def add_scores(self, case_id: str, scores: Rows) -> None:
+        """A case's row in each table, blank where there is no score; runs beside this one add theirs."""
         for task, of_case in scores.items():
-            row = {name: round(score, 6) for name, score in of_case.items()}
+            row = {name: None if score is None else round(score, 6) for name, score in of_case.items()}
             self._change(task, lambda rows, row=row: rows | {case_id: row})
 
     def _change(self, task: str, change: Callable[[Rows], Rows]) -> None:

@@ -1,10 +1,12 @@
 """The wanted tasks of a model, loaded once, on one case after another.
 
-What tasks have in common is done once: reading, and preparing a case for tasks whose plans agree.
+What tasks have in common is done once: reading, preparing a case for tasks whose plans agree, and finding the region
+that case-level tasks look at.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -18,6 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unicon_pipeline.case_answers import answers
+from unicon_pipeline.case_prediction import Beside, Region, case_logits, oddities
+from unicon_pipeline.case_reading import CLINICAL
+from unicon_pipeline.clinical import Row
 from unicon_pipeline.device import choose_device, choose_precision, machine_facts
 from unicon_pipeline.errors import CheckpointError, PredictionError
 from unicon_pipeline.evidence import fast_window, trusted_precision
@@ -57,16 +63,22 @@ class Options:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task on one case: `labels` and `probabilities` on the case's grid, or `scores` per output of a whole case."""
+    """One task on one case: `labels` and `probabilities` on the case's grid, or `scores` per output of a whole case.
+
+    A score is None where there is none, such as a median survival that the curve does not reach.
+    """
 
     run: TaskRun
     labels: Volume | None = None
     probabilities: dict[str, Volume] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float | None] = field(default_factory=dict)
 
 
 class WantedTasks:
-    """The wanted tasks of a model, and what they say of their input."""
+    """The wanted tasks of a model, and what they say of their input.
+
+    `task_plans` and `plans` have also the tasks that only find regions for wanted ones.
+    """
 
     def __init__(self, folder: ModelRecord, tasks: Sequence[str] | None):
         """Raises CheckpointError: the model has no task, or not this one."""
@@ -74,7 +86,22 @@ class WantedTasks:
         if not self.tasks:
             raise CheckpointError(f"{folder.path} has no task yet. Add one with unicon_extend.")
         self.task_plans: dict[str, TaskPlan] = {task: folder.task_plan(task) for task in self.tasks}
+        self.task_plans |= {region: folder.task_plan(region) for region in self.regions.values()}
         self.plans: dict[str, DataPlan] = {task: plan.data for task, plan in self.task_plans.items()}
+
+    @property
+    def regions(self) -> dict[str, str]:
+        """Case-level task -> the segmentation task that finds what it looks at."""
+        return {
+            task: plan.data.region
+            for task, plan in self.task_plans.items()
+            if plan.data.region is not None and plan.case is not None and plan.case.inputs != (CLINICAL,)
+        }
+
+    @property
+    def read_clinical(self) -> bool:
+        """Whether a wanted task reads clinical.csv."""
+        return any(plan.case is not None and plan.case.clinical is not None for plan in self.task_plans.values())
 
     def channel_names(self) -> dict[int, str]:
         """Channel number -> modality, as the tasks agree on it.
@@ -107,7 +134,7 @@ class WantedTasks:
         for task, plan in self.plans.items():
             whole = to_dict(plan)
             names = _PREPARED_BY + (("patch_shape_zyx",) if plan.view == "volume" else ())
-            key = sha256_json([plan.view, *(whole[name] for name in names)])
+            key = sha256_json([plan.view, self.regions.get(task), *(whole[name] for name in names)])
             groups.setdefault(key, []).append(task)
         return [tuple(group) for group in groups.values()]
 
@@ -118,13 +145,13 @@ class Predictor(WantedTasks):
     def __init__(self, folder: ModelFolder, tasks: Sequence[str] | None, options: Options):
         super().__init__(folder, tasks)
         self.options, self.device = options, choose_device(options.device)
-        cards = {task: folder.card(task) for task in self.tasks}
+        cards = {task: folder.card(task) for task in self.task_plans}
         self.precisions = {task: self._precision(card) for task, card in cards.items()}
         self._windows = {task: self._window(task, card) for task, card in cards.items()}
         self._networks: dict[str, nn.Module] = {}
         self._last_layers: dict[str, LastLayer] = {}
         foundation, shared = folder.foundation(), {precision: {} for precision in self.precisions.values()}
-        for task in self.tasks:
+        for task in self.task_plans:
             self._load(task, folder.task_model(task, foundation), shared[self.precisions[task]])
 
     def arithmetic(self) -> Arithmetic:
@@ -134,28 +161,53 @@ class Predictor(WantedTasks):
         return Arithmetic(", ".join(alike), machine_facts(self.device))
 
     def predict(
-        self, images: dict[str, Volume], tasks: Sequence[str], probabilities_in: Callable[[str], Path | None]
+        self,
+        images: dict[str, Volume],
+        tasks: Sequence[str],
+        probabilities_in: Callable[[str], Path | None],
+        beside: Beside | None = None,
     ) -> Iterator[TaskResult]:
-        """These tasks on one case, one after the other.
+        """These tasks on one case, one after the other; those that find regions before those that look at them.
 
         Args:
             images: modality -> volume in HU or SUV, all on one grid; emptied, to free memory early.
             probabilities_in: gives a task's folder for files that hold its probabilities; None: they are not wanted.
+            beside: what case-level tasks read; its volumes are emptied too.
 
         Raises:
-            PredictionError: the network's output is not finite.
+            PredictionError: the network's output is not finite, or nothing that a task reads is there.
         """
-        groups = [wanted for group in self.alike() if (wanted := [task for task in group if task in tasks])]
+        beside, modalities = beside or Beside(), tuple(images)
+        looked_at = {self.regions[task] for task in tasks if task in self.regions}
+        why_not = {task: self.unusable(task, modalities) for task in looked_at}
+        helpers = [task for task in looked_at if task not in tasks and why_not[task] is None]
+        groups = [wanted for group in self.alike() if (wanted := [t for t in group if t in (*tasks, *helpers)])]
+        groups.sort(key=lambda group: group[0] in self.regions)
+        found: dict[str, Volume] = {}
+        started = time.monotonic()  # what finding a region takes counts for the result after it
         for position, group in enumerate(groups):
-            started = time.monotonic()
-            plan, last = self.plans[group[0]], position == len(groups) - 1
+            plan, finder, region = self.plans[group[0]], self.regions.get(group[0]), None
             own = {name: images[name] for name in plan.modalities if name in images}
-            if last:
+            if finder is not None:
+                described = {name: beside.own.get(name, volume) for name, volume in own.items()}
+                region = Region.of(finder, found.get(finder), described, why_not[finder])
+                del described
+            if position == len(groups) - 1:
                 images.clear()
-            prepared = prepare_case(own, plan)
+                beside.own.clear()
+            prepared = prepare_case(own, plan, None if region is None else region.mask)
             for task in group:
-                yield self._predict(task, prepared, probabilities_in(task), started)
-                started = time.monotonic()
+                if self.plans[task].labels is None:
+                    result = self._judge(task, prepared, region, beside.clinical)
+                else:
+                    result = self._label(task, prepared, probabilities_in(task) if task in tasks else None)
+                seconds = round(time.monotonic() - started, 3)
+                result = dataclasses.replace(result, run=dataclasses.replace(result.run, seconds=seconds))
+                if task in looked_at:
+                    found[task] = result.labels
+                if task in tasks:
+                    yield result
+                    started = time.monotonic()
 
     def _precision(self, card: dict[str, Any]) -> torch.dtype:
         if self.options.precision == "auto":
@@ -180,18 +232,13 @@ class Predictor(WantedTasks):
         if labels is not None and layers and sum(layer.in_channels for layer in layers) < labels.output_channels:
             self._last_layers[task] = as_one_layer(layers)
             network.drop_last_layers()
+        if self.task_plans[task].case is not None:
+            network.head = copy.deepcopy(merged.head).to(self.device)  # in float32, see `case_logits`
         self._networks[task] = network
 
-    def _predict(
-        self, task: str, prepared: PreparedCase, probabilities_in: Path | None, started: float
-    ) -> TaskResult:
+    def _label(self, task: str, prepared: PreparedCase, probabilities_in: Path | None) -> TaskResult:
+        """A segmentation task; its `seconds` are still to be told."""
         plan = self.plans[task]
-
-        def run(*warnings: str, tiles: int = 0, air_tiles: int = 0) -> TaskRun:
-            return TaskRun(task, prepared.present, round(time.monotonic() - started, 3), warnings, tiles, air_tiles)
-
-        if plan.labels is None:
-            return TaskResult(run(), scores=self._scores(task, prepared))
         self._check_memory(task, prepared)
         tiles = air_tiles = 0
         export = CaseExport(plan.labels, prepared.geometry, self._last_layers.get(task), probabilities_in)
@@ -201,7 +248,24 @@ class Predictor(WantedTasks):
             tiles, air_tiles = tiles + slab.tiles, air_tiles + slab.air_tiles
         labels, probabilities = export.result()
         warnings = () if labels.array_zyx.any() else (_NOTHING_FOUND,)
-        return TaskResult(run(*warnings, tiles=tiles, air_tiles=air_tiles), labels, probabilities)
+        return TaskResult(TaskRun(task, prepared.present, 0.0, warnings, tiles, air_tiles), labels, probabilities)
+
+    def _judge(self, task: str, prepared: PreparedCase, region: Region | None, clinical: Row | None) -> TaskResult:
+        """A task that judges a whole case; its `seconds` are still to be told."""
+        plan, reading, warnings = self.plans[task], self.task_plans[task].case, ()
+        network, precision = self._networks[task], self.precisions[task]
+        if reading is None:
+            present = tuple(name in prepared.present for name in plan.modalities)
+            logits = whole_logits(network, prepared.array_czyx, present, precision)
+            scores = dict(zip(self.task_plans[task].native.outputs, logits.sigmoid().tolist(), strict=True))
+        else:
+            given = clinical, None if region is None else region.figures
+            logits = case_logits(network, reading, plan, prepared, given, precision)
+            scores = answers(reading.outcome, logits)
+            told = () if region is None else region.warnings
+            warnings = (*told, *oddities(reading, plan, prepared.present, clinical))
+        _check_finite(task, logits)
+        return TaskResult(TaskRun(task, prepared.present, 0.0, warnings), scores=scores)
 
     def slabs(self, task: str, prepared: PreparedCase) -> Iterator[Slab]:
         """What the network gives for a prepared case, from its first row to its last.
@@ -229,11 +293,6 @@ class Predictor(WantedTasks):
                 "free. Close other programs, or predict it on a machine with more memory."
             )
 
-    def _scores(self, task: str, prepared: PreparedCase) -> dict[str, float]:
-        present = tuple(name in prepared.present for name in self.plans[task].modalities)
-        logits = whole_logits(self._networks[task], prepared.array_czyx, present, self.precisions[task])
-        _check_finite(task, logits)
-        return dict(zip(self.task_plans[task].native.outputs, logits.sigmoid().tolist(), strict=True))
 
 def as_one_layer(layers: list[nn.Conv3d]) -> LastLayer:
     """The mean of layers that each read their own maps, as one layer that reads these side by side."""

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from unicon_pipeline.contract import ZYX
@@ -26,6 +26,7 @@ from unicon_pipeline.device import autocast
 logger = logging.getLogger(__name__)
 
 STEP = 0.5
+_SLAB_ROWS = 16
 Tile = tuple[slice, ...]  # z, y, x
 
 
@@ -51,10 +52,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Slab:
-    """The weighted mean of what the network gave for the `rows` (z) of a case.
+    """The weighted mean of what the network gave for the `rows` (z) of a case, a few of them.
 
     `maps_kzyx`: float32 on the CPU, None where no tile was computed. `seen_zyx`: where tiles were computed, None where
-    everywhere. `tiles`, `air_tiles`: how many were computed for it, and how many were left out.
+    everywhere. `tiles`, `air_tiles`: how many were computed since the slab before, and how many were left out.
     """
 
     rows: slice
@@ -89,9 +90,12 @@ def window_slabs(
         tiles = [tile for tile in every if is_air is None or not is_air(_shifted(tile, inner))]
         for batch, output in passes(images, tiles):
             sums.add(batch, output, z)
-        rows = slice(max(z, inner[0].start), min(following, inner[0].stop))
-        maps, seen = sums.mean(_shift(rows, slice(z, None)), inner[1:])
-        yield Slab(_shift(rows, inner[0]), maps, seen, len(tiles), len(every) - len(tiles))
+        counts = (len(tiles), len(every) - len(tiles))
+        first, last = max(z, inner[0].start), min(following, inner[0].stop)
+        for start in range(first, last, _SLAB_ROWS):
+            rows = slice(start, min(start + _SLAB_ROWS, last))
+            yield Slab(_shift(rows, inner[0]), *sums.mean(_shift(rows, slice(z, None)), inner[1:]), *counts)
+            counts = (0, 0)
         sums.advance(following - z)
 
 
@@ -130,9 +134,8 @@ def tile_count(shape_zyx: ZYX, tile_zyx: ZYX, step: float = STEP) -> int:
 @lru_cache(maxsize=8)
 def gaussian_weights(tile_zyx: ZYX) -> Tensor:
     """(Z, Y, X) float32 importance of a tile's voxels."""
-    impulse = np.zeros(tile_zyx)
-    impulse[tuple(size // 2 for size in tile_zyx)] = 1.0
-    weights = gaussian_filter(impulse, [size / 8 for size in tile_zyx], mode="constant")
+    z, y, x = (gaussian_filter1d(np.eye(size)[size // 2], size / 8, mode="constant") for size in tile_zyx)
+    weights = z[:, None, None] * y[:, None] * x
     weights /= weights.max()
     return torch.from_numpy(np.maximum(weights, weights[weights > 0].min()).astype(np.float32))
 
@@ -157,7 +160,8 @@ class _Sums:
         importance = gaussian_weights(self._tile).to(device)
         for tile, output in zip(tiles, output_bkzyx, strict=True):
             place = (slice(tile[0].start - row_start, tile[0].stop - row_start), *tile[1:])
-            self._maps[(slice(None), *place)] += output.float() * importance
+            for sums, channel in zip(self._maps, output, strict=True):  # one by one: a hundred need a lot of memory
+                sums[place] += channel.float() * importance
             self._weights[place] += importance
 
     def mean(self, rows: slice, inner_yx: Sequence[slice]) -> tuple[Tensor | None, Tensor | None]:

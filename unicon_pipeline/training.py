@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicon_pipeline.device import autocast
+from unicon_pipeline.device import autocast, keep_freed_pages
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.extension_plan import STEPS_PER_EPOCH, Schedule
-from unicon_pipeline.loader import BatchLoader
 from unicon_pipeline.metrics import finite_or_none
 from unicon_pipeline.weights import load_exactly, load_weights, read_metadata, save_weights
 
@@ -57,7 +56,8 @@ class Trainer:
     Args:
         trained: the tensors to train, by name.
         step_loss: batch (with its `step`) -> (loss, counts): a scalar to minimise, and counts to sum over an epoch.
-        score: of the training data itself, with its augmentation, so a sign of progress and no more.
+            None: of a subclass with a `backward` of its own.
+        score: of the training data itself, with its augmentation, so a sign of progress and no more; None: no figure.
         checkpoint: a file; where it holds a cut run with the same `fingerprint`, that run goes on.
         fingerprint: digest of everything that must be equal for a run to go on.
     """
@@ -65,8 +65,8 @@ class Trainer:
     def __init__(
         self,
         trained: dict[str, Tensor],
-        step_loss: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
-        score: Score,
+        step_loss: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None,
+        score: Score | None,
         schedule: Schedule,
         device: torch.device,
         precision: torch.dtype,
@@ -77,6 +77,8 @@ class Trainer:
         self.step_loss, self.score = step_loss, score
         self.schedule, self.device, self.precision = schedule, device, precision
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
+        if device.type == "cpu":
+            keep_freed_pages()
         parameters = [tensor for tensor in trained.values() if tensor.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
@@ -99,7 +101,7 @@ class Trainer:
         logger.info("Going on from step %d, after %.1f minutes.", self.step, self.minutes_before)
         return self.step
 
-    def run(self, batches: BatchLoader) -> TrainingResult:
+    def run(self, batches: Iterator[dict[str, Any]]) -> TrainingResult:
         """Trains to the end of the schedule; a cut (Ctrl-C) writes the checkpoint first.
 
         Raises:
@@ -132,15 +134,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.precision):
-            loss, counts = self.step_loss({**batch, "step": self.step})
+        loss, counts = self.backward({**batch, "step": self.step})
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UniconError(
                 f"The loss became {value} at step {self.step} (cases {', '.join(batch['case_ids'])}). "
                 "Check these cases' intensities and labels, or train with --precision fp32."
             )
-        self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(
             [parameter for group in self.optimizer.param_groups for parameter in group["params"]],
@@ -149,6 +149,13 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return value, counts.detach().cpu()
+
+    def backward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What `step_loss` says of the batch; adds the gradients, scaled by `scaler`, to those of the parameters."""
+        with autocast(self.device, self.precision):
+            loss, counts = self.step_loss(batch)
+        self.scaler.scale(loss).backward()
+        return loss, counts
 
     def _minutes(self, started: float) -> float:
         return self.minutes_before + (time.monotonic() - started) / 60.0
@@ -161,12 +168,13 @@ class Trainer:
 
     def _report(self, losses: list[float], counts: Tensor, started: float) -> None:
         minutes, used = self._minutes(started), self._used(started)
-        loss, score = sum(losses) / len(losses), finite_or_none(self.score.of_counts(counts))
+        loss = sum(losses) / len(losses)
+        score = None if self.score is None else finite_or_none(self.score.of_counts(counts))
         self.history.append({"step": self.step, "loss": loss, "score": score, "minutes": round(minutes, 3)})
         logger.info(
-            "step %5d  loss %.3f  training %s %s  %.1f min, %.1f min left",
-            self.step, loss, self.score.name, "n/a" if score is None else f"{score:.3f}", minutes,
-            minutes * (1.0 - used) / max(used, 1e-6),
+            "step %5d  loss %.3f%s  %.1f min, %.1f min left", self.step, loss,
+            "" if self.score is None else f"  training {self.score.name} {'n/a' if score is None else f'{score:.3f}'}",
+            minutes, minutes * (1.0 - used) / max(used, 1e-6),
         )  # fmt: skip
 
     def _save(self, started: float) -> None:
@@ -190,6 +198,23 @@ class Trainer:
                     "step": torch.tensor(float(step), device=tensor.device),
                     **{key: tensors[f"{key}.{name}"].to(tensor.device) for key in ("exp_avg", "exp_avg_sq")},
                 }
+
+
+def drop_modalities(batch: dict[str, Any], probability: float, seed: int) -> dict[str, Any]:
+    """The batch with some modalities gone from some cases (zeros, and not present).
+
+    Each case with several modalities keeps, with `probability`, a random non-empty part of them. What a batch loses
+    depends on its `step` and the seed alone.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch["step"])
+    present = batch["present"].clone()
+    for row in present:
+        channels = row.nonzero().flatten()
+        if len(channels) > 1 and torch.rand((), generator=generator) < probability:
+            kept = int(torch.randint(1, len(channels), (), generator=generator))
+            order = torch.randperm(len(channels), generator=generator)
+            row[channels[order[kept:]]] = False
+    return {**batch, "data": batch["data"] * present[:, :, None, None, None], "present": present}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unicon_pipeline.case_head import FusionEnsemble, FusionHead
 from unicon_pipeline.device import machine_facts
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.model import TaskModel
@@ -70,8 +71,10 @@ def probe(model: TaskModel | NativeModel, plan: DataPlan) -> dict[str, Any]:
         divisors = model.foundation.spec.input.divisible_by_zyx
         shape = tuple(min(size, 2 * divisor) for size, divisor in zip(shape, divisors, strict=True))
     generator = torch.Generator().manual_seed(_PROBE_SEED)
-    images = torch.randn((1, len(plan.modalities), *shape), generator=generator)
-    output = model(images, torch.ones((1, len(plan.modalities)), dtype=torch.bool))
+    channels = len(getattr(model, "modalities", plan.modalities))  # a task may have some that no stem takes in
+    images = torch.randn((1, channels, *shape), generator=generator)
+    given = _given_to_head(getattr(model, "head", None), plan, generator)
+    output = model(images, torch.ones((1, channels), dtype=torch.bool), **given)
     output = output if isinstance(output, Tensor) else output[0]
     picks = torch.linspace(0, output.numel() - 1, _PROBE_SAMPLES).long()
     return {
@@ -79,6 +82,20 @@ def probe(model: TaskModel | NativeModel, plan: DataPlan) -> dict[str, Any]:
         "samples": [round(value, 6) for value in output.flatten()[picks].tolist()],
         "machine": machine_facts(torch.device("cpu")),
     }
+
+
+def _given_to_head(head: nn.Module | None, plan: DataPlan, generator: torch.Generator) -> dict[str, Tensor]:
+    """What a head that judges whole cases takes beside the maps: a row of figures, and a region in the middle."""
+    if not isinstance(head, FusionHead | FusionEnsemble):
+        return {}
+    one, given = head.members[0] if isinstance(head, FusionEnsemble) else head, {}
+    if one.skip is not None:
+        given["tabular_bd"] = torch.randn((1, one.skip.in_features), generator=generator)
+    if plan.region is not None:
+        region = torch.zeros((1, *plan.patch_shape_zyx))
+        region[(0, *(slice(size // 4, size - size // 4) for size in plan.patch_shape_zyx))] = 1
+        given["region_bzyx"] = region
+    return given
 
 
 def compare_probes(stored: dict[str, Any], now: dict[str, Any]) -> str:

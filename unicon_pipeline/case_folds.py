@@ -1,0 +1,148 @@
+"""Fits of heads on some cases of a cohort, and their predictions of the others in terms that mean the same everywhere.
+
+Whatever is fitted (encoders of figures and covariates, time bins, class weights, the number of epochs) is fitted on the
+training cases alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unicon_pipeline.case_fit import (
+    CaseLoss,
+    CaseRows,
+    ClassLoss,
+    FitOptions,
+    choose_epochs,
+    fit_ensemble,
+    fit_head,
+    of_survival,
+    predict_rows,
+)
+from unicon_pipeline.case_head import FusionEnsemble, FusionHead
+from unicon_pipeline.case_plan import CaseOptions, Cohort, fit_reading, output_channels
+from unicon_pipeline.case_reading import CLASSES, SURVIVAL, CaseReading, Hazard, Outcome
+from unicon_pipeline.cross_validation import inner_folds
+from unicon_pipeline.levels import SkipLevels
+from unicon_pipeline.losses import MultiLabelLoss
+from unicon_pipeline.survival import SURVIVAL_LOSSES, BaselineHazard, breslow_baseline, risk_of, survival_curve
+from unicon_pipeline.survival_metrics import Curves
+
+_INNER_FOLDS = 5
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For fits of small heads: their layers are done before a second thread has begun."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """`features`: of each case of the cohort, what the encoder gave; {} without image. `sizes`: the head's options.
+
+    `days`: of the survival curves that are predicted.
+    """
+
+    cohort: Cohort
+    features: Sequence[dict[str, Tensor]]
+    skips: SkipLevels
+    sizes: dict[str, int]
+    inputs: tuple[str, ...]
+    options: CaseOptions
+    days: tuple[float, ...]
+
+    def reading(self, training: np.ndarray) -> CaseReading:
+        """Fitted on these cases."""
+        return fit_reading(self.cohort, training, self.inputs, self.options)
+
+    def rows(self, reading: CaseReading) -> CaseRows:
+        """Of all cases, as this reading encodes them."""
+        cohort, tabular = self.cohort, None
+        if reading.names:
+            pairs = zip(cohort.clinical, cohort.descriptors, strict=True)
+            tabular = torch.from_numpy(np.stack([reading.tabular(*pair) for pair in pairs]))
+        targets, strata = torch.from_numpy(cohort.targets).float(), torch.from_numpy(cohort.strata)
+        return CaseRows.collate(self.features, tabular, targets, strata)
+
+    def loss(self, reading: CaseReading, training: np.ndarray) -> CaseLoss:
+        """What is minimised on these cases."""
+        outcome = reading.outcome
+        if outcome.kind == SURVIVAL:
+            return of_survival(SURVIVAL_LOSSES[outcome.loss](outcome.edges_days))
+        if outcome.kind == CLASSES:
+            return ClassLoss.balanced(torch.from_numpy(self.cohort.targets[training]), len(outcome.names))
+        return MultiLabelLoss()
+
+    def head(self, reading: CaseReading) -> FusionHead:
+        """A fresh one."""
+        sizes = {name: size for name, size in self.sizes.items() if name != "members"}
+        columns = len(reading.names)
+        return FusionHead(self.skips, output_channels(reading.outcome), **sizes | {"columns": columns})
+
+    def epochs(self, reading: CaseReading, training: np.ndarray, seed: int) -> int:
+        """As many as inner folds of the training cases call for."""
+        rows, loss = self.rows(reading), self.loss(reading, training)
+        fits = []
+        parts = inner_folds(self.cohort.task, training, _INNER_FOLDS, seed)
+        for number, part in enumerate(parts if len(parts) > 1 else ()):
+            held = training[list(part)]
+            torch.manual_seed(seed + number)
+            options = FitOptions(epochs=self.options.epochs, seed=seed + number)
+            kept = rows.take(np.setdiff1d(training, held))
+            fits.append(fit_head(self.head(reading), kept, loss, options, rows.take(held)))
+        return choose_epochs(fits) if fits else 0
+
+    def fold(self, training: np.ndarray, held: np.ndarray, seed: int) -> np.ndarray:
+        """Fits on the first, predicts the second: as `told`."""
+        reading = self.reading(training)
+        epochs, rows = self.epochs(reading, training, seed), self.rows(reading)
+        torch.manual_seed(seed)
+        head, options = self.head(reading), FitOptions(epochs=epochs, seed=seed)
+        fit_head(head, rows.take(training), self.loss(reading, training), options)
+        return self.told(reading.outcome, training, predict_rows(head, rows))[held]
+
+    def whole(self, head: FusionEnsemble, reading: CaseReading, training: np.ndarray, seed: int) -> tuple[int, Tensor]:
+        """Fits all members of `head` in place; the number of epochs, and all cases' logits (n, outputs)."""
+        epochs, rows = self.epochs(reading, training, seed), self.rows(reading)
+        options = FitOptions(epochs=epochs, seed=seed)
+        fit_ensemble(head, rows.take(training), self.loss(reading, training), options)
+        return epochs, predict_rows(head, rows)
+
+    def told(self, outcome: Outcome, training: np.ndarray, logits: Tensor) -> np.ndarray:
+        """All cases' predictions (n, ...) in terms that mean the same in each fold, from all cases' logits.
+
+        Logits of classes or findings. Survival: the risk, then survival at `days`. The risk of one fold's model has
+        its own zero, which is lowest where those held out fare worst: it is told relative to the training cases' mean;
+        and minus a mean survival time as a share of the time covered, which differs between folds.
+        """
+        if outcome.kind != SURVIVAL:
+            return logits.numpy()
+        risk = risk_of(outcome.loss, logits, outcome.edges_days)
+        if outcome.loss == "cox":
+            hazard = hazard_of(logits[training], self.cohort.targets[training])
+            baseline = BaselineHazard(hazard.days, hazard.log_cumulative)
+            survival = survival_curve("cox", logits, self.days, baseline).numpy()
+        else:
+            risk = risk / outcome.edges_days[-1]
+            curve = survival_curve(outcome.loss, logits, outcome.edges_days).numpy()
+            survival = Curves(outcome.edges_days, curve).at(self.days)
+        return np.column_stack([(risk - risk[training].mean()).numpy(), survival])
+
+
+def hazard_of(logits: Tensor, targets: np.ndarray) -> Hazard:
+    """The baseline hazard of a Cox model from its training cases' logits (n, 1) and targets (n, 2)."""
+    days, seen = torch.from_numpy(targets).T
+    found = breslow_baseline(logits, days, seen)
+    return Hazard(found.days, found.log_cumulative)
