@@ -18,11 +18,10 @@ ROWS = [
     {"volume_ml": math.e, "suv_max": None, "tlg_g": None, "sphericity": 0.5},
     {"volume_ml": math.e**2, "suv_max": 8.0, "tlg_g": 32.0, "sphericity": 0.5},
 ]
+HAZARD = Hazard((50.0, 400.0), (-2.0, 0.5))
 OUTCOMES = {
     "mtlr": Outcome("survival", loss="mtlr", edges_days=(100.0, 300.5), horizons_days=(200.0, 365.0)),
-    "cox": Outcome(
-        "survival", loss="cox", edges_days=(100.0, 300.0), horizons_days=(365.0,), baseline=Hazard((50.0, 400.0), (-2.0, 0.5))
-    ),
+    "cox": Outcome("survival", (), "cox", (100.0, 300.0), horizons_days=(365.0,), baseline=HAZARD),
     "classes": Outcome("classes", ("0", "1", "high"), temperature=2.0),
     "findings": Outcome("findings", ("nodule", "mass")),
 }
@@ -67,8 +66,9 @@ class TestOutcome:
     def test_temperature_and_cox(self):
         logits = torch.tensor([0.0, 2.0, 1.0])
         assert list(answers(OUTCOMES["classes"], logits).values()) == pytest.approx((logits / 2).softmax(0).tolist())
-        found, hazard = answers(OUTCOMES["cox"], torch.tensor([0.4])), BaselineHazard((50.0, 400.0), (-2.0, 0.5))
-        assert found["survival_365"] == pytest.approx(float(survival_curve("cox", torch.tensor([[0.4]]), (365.0,), hazard)))
+        found, hazard = answers(OUTCOMES["cox"], torch.tensor([0.4])), BaselineHazard(**vars(HAZARD))
+        expected = survival_curve("cox", torch.tensor([[0.4]]), (365.0,), hazard)
+        assert found["survival_365"] == pytest.approx(float(expected))
         assert found["risk"] == pytest.approx(0.4) and 50 < found["median_survival_days"] < 400
 
     def test_a_median_that_is_not_reached_is_none(self):

@@ -74,8 +74,10 @@ def stand_in(monkeypatch) -> Callable[..., Stand]:
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    """A work folder with the raw folders of two tasks, without images."""
+    """A work folder with the raw folders of two tasks, without images; read as segmentation tasks."""
     monkeypatch.delenv("UNICON_WORK", raising=False)
+    read = SimpleNamespace(name="Lung", task_type="segmentation", region=None)
+    monkeypatch.setattr("unicon_pipeline.dataset.read_task", lambda folder: read)
     for task in ("Liver", "Lung"):
         (tmp_path / "raw" / task).mkdir(parents=True)
         (tmp_path / "raw" / task / "dataset.json").write_text("{}")
@@ -308,6 +310,23 @@ def test_extend_passes_its_options(stand_in, work, capsys):
     assert named.items() <= first.items()
     assert {"fold": "all", "schedule": schedule_for(None, None), "resume": False}.items() <= second.items()
     assert capsys.readouterr().out == "extended\n" * 2
+
+
+def test_options_of_case_level_tasks_are_refused_for_others(work, capsys):
+    assert cli.main_extend(["-t", "Lung", "-w", str(work), "--loss", "cox"]) == 2
+    assert "Lung is a segmentation task" in capsys.readouterr().err
+
+
+def test_a_case_level_task_gets_its_options(stand_in, work, monkeypatch):
+    task = SimpleNamespace(name="Lung", task_type="prognosis", region=None)
+    monkeypatch.setattr("unicon_pipeline.dataset.read_task", lambda folder: task)
+    stand = stand_in("case_extend", "extend_case", SimpleNamespace(summary=lambda: "extended"))
+    arguments = ["-t", "Lung", "-w", str(work), "--loss", "cox", "--inputs", "image", "clinical", "--repeats", "2"]
+    assert cli.main_extend([*arguments, "--fold", "1", "--seed", "3", "--device", "cpu"]) == 0
+    (call,) = stand.calls
+    options = call["options"]
+    assert (options.loss, options.inputs, options.repeats, options.epochs) == ("cox", ("image", "clinical"), 2, 60)
+    assert (call["fold"], call["seed"], call["device"]) == (1, 3, "cpu")
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(stand_in, work, capsys):

@@ -107,10 +107,10 @@ def test_a_fold_that_does_not_exist_is_refused(copy):
         plan_for(copy / "raw" / "Again", copy, copy / "model", fold=7)
 
 
-def test_a_classification_task_is_sent_elsewhere(grown, tmp_path):
+def test_a_classification_task_is_planned_in_another_way(grown, tmp_path):
     folder = write_phantom_task(tmp_path / "raw" / "Findings", "findings", 3, 1, shape_zyx=(16, 32, 32))
     plan_and_preprocess(folder, tmp_path, ModelFolder(grown.model).spec(), PRESETS["cpu"], processes=1)
-    with pytest.raises(PlanError, match="unicon_pretrain"):
+    with pytest.raises(PlanError, match="plan_case_extension plans it"):
         plan_for(folder, tmp_path, grown.model)
 
 

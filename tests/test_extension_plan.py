@@ -134,8 +134,8 @@ def test_budgets():
     assert schedule_for(None, None).minutes is None
 
 
-def test_other_task_types_are_told_what_they_can_do():
-    with pytest.raises(PlanError, match="T is a classification task.*unicon_pretrain"):
+def test_other_task_types_are_planned_in_another_way():
+    with pytest.raises(PlanError, match="T is a classification task.*plan_case_extension"):
         extension(task_type="classification", labels=None)
 
 
@@ -159,11 +159,14 @@ def test_overlapping_regions_are_said_to_be_so():
 
 
 def test_a_changed_task_must_be_planned_again(tmp_path):
-    task = type("Task", (), {"name": "T", "folder": tmp_path, "modalities": ("CT",), "labels": LABELS})
+    facts = {"modalities": ("CT",), "labels": LABELS, "task_type": "segmentation", "region": None}
+    task = type("Task", (), {"name": "T", "folder": tmp_path, **facts})
     with pytest.raises(PlanError, match="has changed since T was planned"):
         check_trainable(task, data_plan())
     with pytest.raises(PlanError, match=r"dataset\.json has changed"):
         check_trainable(task, data_plan(modalities=("CT",), labels=dataclasses.replace(LABELS, ignore=2)))
+    with pytest.raises(PlanError, match=r"region differ"):
+        check_trainable(task, data_plan(modalities=("CT",), region="Tumour"))
     check_trainable(task, data_plan(modalities=("CT",)))
 
 

@@ -1,6 +1,7 @@
 """Contract of every registered head: it reads whatever levels there are, and each of its parameters learns."""
 
 import dataclasses
+from importlib import import_module
 
 import pytest
 import torch
@@ -231,4 +232,5 @@ def test_a_decoder_for_another_kind_of_foundation_is_refused(kind, pyramid, fitt
 
 
 def test_every_head_is_under_contract():
-    assert set(HEADS) == {"unet", "unetr", "pooled_linear"}
+    import_module("unicon_pipeline.case_head")  # test_case_head.py has those of whole cases
+    assert set(HEADS) == {"unet", "unetr", "pooled_linear", "fusion", "fusion_ensemble"}

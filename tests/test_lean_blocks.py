@@ -143,3 +143,16 @@ def test_networks_that_have_a_part_in_common_have_it_in_common_in_their_forms():
     forms = [inference_form(network, CPU, torch.float32, shared) for network in (one, other)]
     assert forms[0][0] is forms[1][0] and isinstance(forms[0][0][0], LeanBlock)
     assert forms[0][0] is not part
+
+
+def test_memory_of_a_map_is_taken_again_only_when_no_view_of_it_is_left():
+    maps = lean_blocks._Maps()
+    first = maps.empty((1, 2, 3, 4, 5), torch.float32)
+    place, view = first.data_ptr(), first[:, :, 1:]
+    assert first.is_contiguous(memory_format=torch.channels_last_3d) and first.shape == (1, 2, 3, 4, 5)
+    del first
+    second = maps.empty((1, 2, 3, 4, 5), torch.float32)
+    assert second.data_ptr() != place
+    del view
+    assert maps.empty((1, 4, 3, 4, 5), torch.bfloat16).data_ptr() == place
+    assert maps.empty((1, 2, 1, 2, 2), torch.float32).data_ptr() not in (place, second.data_ptr())

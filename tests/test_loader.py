@@ -20,7 +20,7 @@ from unicon_pipeline import augment
 from unicon_pipeline.contract import CT_HU_RULE, PET_SUV_RULE
 from unicon_pipeline.dataset import Labels
 from unicon_pipeline.errors import DatasetError, UniconError
-from unicon_pipeline.loader import PatchLoader, VolumeLoader, _read
+from unicon_pipeline.loader import PatchLoader, VolumeLoader, _read, cases_per_step
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.store import write_case
 
@@ -352,7 +352,8 @@ def test_strata_are_spread_so_that_no_stretch_lacks_an_event(events, cases):
     strata = {case_id: int(n < events) for n, case_id in enumerate(ids)}
     loader = VolumeLoader(".", ids, make_plan(), 1, 0, 0, targets=dict.fromkeys(ids, 0.0), strata=strata)
     drawn = [loader._case_id(number) for number in range(20 * cases)]
-    stretch = -(-cases // events)
+    stretch = cases_per_step(list(strata.values()), at_least=1)
+    assert stretch <= -(-cases // min(events, cases - events))
     for start in range(len(drawn) - stretch):
         assert any(strata[case_id] for case_id in drawn[start : start + stretch])
     assert set(Counter(drawn).values()) == {20}

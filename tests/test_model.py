@@ -7,12 +7,15 @@ import torch
 from tiny_foundations import strided_spec, tokens_spec
 from torch import nn
 
+from unicon_pipeline import lean_blocks
 from unicon_pipeline.contract import CT_HU_RULE, FeatureLevel, FoundationSpec, InputContract
+from unicon_pipeline.device import autocast
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.extension_plan import AdapterPlan, ExtensionPlan, HeadPlan, Schedule, StemPlan
 from unicon_pipeline.families import build_foundation
 from unicon_pipeline.families.dna_encoders import new_residual_encoder_spec
 from unicon_pipeline.foundation import Foundation
+from unicon_pipeline.inference_form import inference_form
 from unicon_pipeline.levels import new_stem_levels
 from unicon_pipeline.model import TaskModel, build_stem, build_task_model
 
@@ -334,3 +337,23 @@ def test_the_foundation_is_shared_and_not_copied():
     foundation = build_foundation(SPEC)
     models = [build_task_model(extension(), foundation, {}) for _ in range(2)]
     assert all(isinstance(m, TaskModel) and m.foundation is foundation for m in models)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("present", SUBSETS, ids=str)
+def test_the_inference_form_computes_the_same_in_any_pieces(name, present, precision, monkeypatch):
+    for size, value in (("_PIECE_VALUES", 500), ("_FEWEST_ONEDNN", 0)):
+        monkeypatch.setattr(lean_blocks, size, value)
+    model, images = build(SPECS[name]).eval(), images_for(SPECS[name])
+    nn.init.normal_(model.stems["PET"].gate)  # closed, it gives a constant map, whose norm is rounding errors
+    merged, before = model.merged(), images.clone()
+    form = inference_form(merged, torch.device("cpu"), precision)
+    here = torch.tensor([present, present])
+    with torch.inference_mode():
+        (wanted,) = merged(images, here)
+        with autocast(torch.device("cpu"), precision):
+            (found,) = form(images, here)
+    assert torch.equal(images, before)
+    tolerance = 1e-5 if precision is torch.float32 else 0.15
+    assert (found.float() - wanted).abs().max() <= tolerance * wanted.abs().max().clamp_min(1)

@@ -281,16 +281,21 @@ def _cells(score: Score | SurvivalScore) -> tuple[str, str, str]:
 
 
 def _calibration(evaluation: CaseEvaluation) -> Iterator[str]:
-    """Predicted: observed, of groups of cases."""
+    """Predicted/observed, of groups of cases."""
     if evaluation.survival is not None:
         for at in evaluation.survival.horizons:
-            pairs = [f"{point.predicted:.2f}: {_cells(point.observed)[0]}" for point in at.calibration]
+            pairs = [f"{point.predicted:.2f}/{_share(point.observed.value)}" for point in at.calibration]
             if pairs:
-                yield f"Survival to day {at.days:g}, predicted: observed (Kaplan-Meier): {', '.join(pairs)}"
+                yield f"Survival to day {at.days:g}, predicted/observed (Kaplan-Meier): {', '.join(pairs)}"
     else:
         for name, output in evaluation.classification.outputs.items():
-            pairs = [f"{point.predicted:.2f}: {point.observed:.2f}" for point in output.calibration]
-            yield f"{name}, mean probability: share of cases: {', '.join(pairs) or 'none'}"
+            pairs = [f"{point.predicted:.2f}/{_share(point.observed)}" for point in output.calibration]
+            if pairs:
+                yield f"Probability of {name}, predicted/observed: {', '.join(pairs)}"
+
+
+def _share(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
 
 
 def _remarks(evaluation: CaseEvaluation) -> Iterator[str]:

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unicon_pipeline.case_reading import IMAGE, REGION, CaseReading, Figures
+from unicon_pipeline.case_reading import CLINICAL, IMAGE, REGION, CaseReading, Figures
 from unicon_pipeline.clinical import Row
 from unicon_pipeline.dataset import on_one_grid
 from unicon_pipeline.descriptors import describe_region
 from unicon_pipeline.device import autocast
-from unicon_pipeline.errors import PredictionError
 from unicon_pipeline.geometry import Volume
 from unicon_pipeline.plan import DataPlan
 from unicon_pipeline.prepare import PreparedCase
@@ -79,7 +78,7 @@ def with_own_grids(
 def oddities(reading: CaseReading, plan: DataPlan, present: tuple[str, ...], clinical: Row | None) -> Iterator[str]:
     """What a person should know of an answer: what the case lacks, and what is odd about its covariates."""
     absent = [name for name in plan.modalities if name not in present]
-    if absent and reading.inputs != ("clinical",):
+    if absent and reading.inputs != (CLINICAL,):
         yield f"the case has no {' and no '.join(absent)}; what that would tell is unknown"
     if reading.clinical is not None:
         yield from reading.clinical.oddities(clinical)
@@ -103,23 +102,17 @@ def case_logits(
         precision: of the encoder.
 
     Raises:
-        PredictionError: nothing that the task reads is there.
+        UniconError: nothing that the task reads is there.
     """
     device = next(network.head.parameters()).device
     row = reading.tabular(*given)
     tabular = None if row is None else torch.from_numpy(row)[None].to(device)
-    present = tuple(name in prepared.present for name in network.modalities)
     tokens = {}
-    if IMAGE in reading.inputs and any(present):
-        # A modality that no stem takes in has figures only.
-        channels = [plan.modalities.index(name) for name in network.modalities]
-        images = torch.from_numpy(prepared.array_czyx)[channels][None].to(device)
+    if IMAGE in reading.inputs:
+        images = torch.from_numpy(prepared.array_czyx)[None].to(device)
+        present = torch.tensor([[name in prepared.present for name in plan.modalities]], device=device)
         with autocast(device, precision):
-            features = network.features(images, torch.tensor([present], device=device))
+            features = network.features(images, present)
         mask = prepared.labels_zyx if REGION in reading.inputs else None
         tokens = network.head.gather(features, None if mask is None else torch.from_numpy(mask)[None].to(device))
-    if not tokens and tabular is None:
-        raise PredictionError(
-            f"{plan.task} looks at {' and '.join(network.modalities)} only; the case has {', '.join(prepared.present)}."
-        )
     return network.head.fuse(tokens, tabular)[0].float().cpu()

@@ -81,12 +81,13 @@ def train_end_to_end(
     """Trains in place what the task adds to the model; its head is one of the fusion heads.
 
     First the head is fitted on what the untrained encoder gives, then all is trained, in steps of
-    `schedule.accumulate` cases (at most all), with an event in each where `data.strata` has enough of them.
+    `schedule.accumulate` cases (at most all), with an event in each if that is at least `cases_per_step`.
 
     Args:
         case_ids: to train on; the rest of `data` is not looked at.
         loss: (logits (B, outputs), targets (B, ...)), float32 on the CPU.
-        begin: how the head is fitted first; its penalty stays on the linear part.
+        begin: how the head is fitted first; its penalty stays on the linear part. With the epochs that suit the frozen
+            encoder, less is left to be learned slowly.
 
     Raises:
         DatasetError: a case is not stored, damaged, or lacks a target or a row.
@@ -177,7 +178,7 @@ class _CaseTrainer(Trainer):
             lambda case: case_logits(self.model, case, self.region, run),
             cases,
             lambda logits: self.loss(logits, targets),
-            self.scaler.scale,
+            lambda value: self.scaler.scale(value.to(run.device)),
         )
         ridge = _ridge(self.model.head, self.penalty)
         if ridge is not None:

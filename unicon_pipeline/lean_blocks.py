@@ -13,6 +13,7 @@ overwritten. A map that is not in a list stays as it is.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -199,23 +200,31 @@ class _Maps:
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
+        self._taking = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Maps (1, C, Z, Y, X), channels last, with any values."""
         size = math.prod(shape) * dtype.itemsize
-        fitting = [buffer for buffer in self._free if size <= buffer.size <= 1.25 * size]
-        buffer = min(fitting, key=lambda buffer: buffer.size) if fitting else np.empty(size, np.uint8)
-        self._free = [other for other in self._free if other is not buffer]
+        with self._taking:
+            fits = [(free.size, place) for place, free in enumerate(self._free) if size <= free.size <= 1.25 * size]
+            buffer = self._free.pop(min(fits)[1]) if fits else np.empty(size, np.uint8)
         held = buffer[:size]
-        weakref.finalize(held, self._free_again, buffer)  # torch holds it for as long as any view of the map lives
+        weakref.finalize(held, self._free.append, buffer)  # torch holds it for as long as any view of the map lives
         batch, channels, *zyx = shape
         return torch.from_numpy(held).view(dtype).view(batch, *zyx, channels).permute(0, 4, 1, 2, 3)
 
-    def _free_again(self, buffer: np.ndarray) -> None:
-        self._free.append(buffer)
+    def forget(self) -> None:
+        """Gives back what is free: the next maps have other sizes."""
+        with self._taking:
+            self._free.clear()
 
 
 _MAPS = _Maps()
+
+
+def forget_free_maps() -> None:
+    """Gives back the memory that is held for further maps, before another network begins."""
+    _MAPS.forget()
 
 
 def _is_map(part: Tensor | Upsampled, shape: tuple[int, ...], dtype: torch.dtype) -> bool:

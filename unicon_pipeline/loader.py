@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -336,6 +336,12 @@ def _read(stored: Any, start_zyx: np.ndarray, stop_zyx: np.ndarray, fill: Sequen
     place = tuple(slice(int(a), int(b)) for a, b in zip(low - start_zyx, high - start_zyx, strict=True))
     box[(slice(None), *place)] = values
     return box
+
+
+def cases_per_step(strata: Sequence[int], at_least: int = 8) -> int:
+    """How many cases in a row of `VolumeLoader` hold one of the rarest stratum (all, if they are fewer)."""
+    rarest = min(Counter(strata).values())
+    return min(len(strata), max(at_least, -(-len(strata) // rarest)))
 
 
 def usual_workers() -> int:

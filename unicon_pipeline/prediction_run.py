@@ -39,7 +39,8 @@ class TaskRun:
 class CaseRun:
     """One case. `skipped`: task -> why it could not use this input. `failure`: the reason, or None.
 
-    `inputs`: modality -> sha256 of its file; `outputs`: file within OUT -> sha256.
+    `inputs`: modality -> sha256 of its file, and clinical.csv -> of the case's row, where a task reads it; `outputs`:
+    file within OUT -> sha256.
     """
 
     case_id: str

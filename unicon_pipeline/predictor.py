@@ -86,7 +86,8 @@ class WantedTasks:
         if not self.tasks:
             raise CheckpointError(f"{folder.path} has no task yet. Add one with unicon_extend.")
         self.task_plans: dict[str, TaskPlan] = {task: folder.task_plan(task) for task in self.tasks}
-        self.task_plans |= {region: folder.task_plan(region) for region in self.regions.values()}
+        finders = set(self.regions.values()) & set(folder.tasks)
+        self.task_plans |= {task: folder.task_plan(task) for task in sorted(finders)}
         self.plans: dict[str, DataPlan] = {task: plan.data for task, plan in self.task_plans.items()}
 
     @property
@@ -122,6 +123,8 @@ class WantedTasks:
 
     def unusable(self, task: str, modalities: Sequence[str]) -> str | None:
         """Why a task cannot use an input with these modalities; None if it can."""
+        if task not in self.plans:
+            return "is no task of this model"
         wanted = self.plans[task].modalities
         native = self.task_plans[task].native is not None  # it never learned to do without one
         if (all if native else any)(name in modalities for name in wanted):
@@ -175,7 +178,8 @@ class Predictor(WantedTasks):
             beside: what case-level tasks read; its volumes are emptied too.
 
         Raises:
-            PredictionError: the network's output is not finite, or nothing that a task reads is there.
+            PredictionError: the network's output is not finite.
+            UniconError: nothing that a task reads is there.
         """
         beside, modalities = beside or Beside(), tuple(images)
         looked_at = {self.regions[task] for task in tasks if task in self.regions}

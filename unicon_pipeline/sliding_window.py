@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from unicon_pipeline.contract import ZYX
 from unicon_pipeline.device import autocast
+from unicon_pipeline.lean_blocks import forget_free_maps
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def window_slabs(
         present: which channels the case has.
         is_air: of a tile in the case's voxels, whether it may be left out.
     """
+    forget_free_maps()
     images, inner = _padded(torch.from_numpy(array_czyx), window)
     z_starts, *yx_starts = tile_starts(images.shape[1:], window.tile_zyx, window.step)
     passes, sums = _Passes(network, present, window), _Sums(images.shape[1:], window.tile_zyx)

@@ -71,10 +71,9 @@ def probe(model: TaskModel | NativeModel, plan: DataPlan) -> dict[str, Any]:
         divisors = model.foundation.spec.input.divisible_by_zyx
         shape = tuple(min(size, 2 * divisor) for size, divisor in zip(shape, divisors, strict=True))
     generator = torch.Generator().manual_seed(_PROBE_SEED)
-    channels = len(getattr(model, "modalities", plan.modalities))  # a task may have some that no stem takes in
-    images = torch.randn((1, channels, *shape), generator=generator)
+    images = torch.randn((1, len(plan.modalities), *shape), generator=generator)
     given = _given_to_head(getattr(model, "head", None), plan, generator)
-    output = model(images, torch.ones((1, channels), dtype=torch.bool), **given)
+    output = model(images, torch.ones((1, len(plan.modalities)), dtype=torch.bool), **given)
     output = output if isinstance(output, Tensor) else output[0]
     picks = torch.linspace(0, output.numel() - 1, _PROBE_SAMPLES).long()
     return {

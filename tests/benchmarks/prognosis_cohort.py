@@ -38,7 +38,6 @@ ROWS = {  # -> what the name of the task ends in, and what is read
     "CT+PET+region": ("", ("image", "region")),
     "CT+PET+region+clinical": ("", ("image", "region", "clinical")),
 }
-FULL = list(ROWS)[-1]
 TASKS = {"STS_EFS": "harrell_c", "STS_Grade": "auc"}
 NAMES = {"harrell_c": "Harrell's C", "uno_c": "Uno's C", "integrated_brier": "int. Brier", "auc": "AUC",
          "average_precision": "avg. prec.", "brier": "Brier"}  # fmt: skip
@@ -51,17 +50,15 @@ def main() -> None:
         print(convert(options.input, work / "raw"))
         for task, metric in TASKS.items():
             models: dict[str, Mapping[str, Any]] = {}
-            verdict = ""
             for row, result, seconds in extended(task, work, options):
                 found = result.validation["models"]
                 models[row] = found["model"]
                 told = [f"{d.name}: {d.value}" for d in result.plan.decisions if d.name.startswith(("image", "epochs"))]
                 print(f"{task}, {row}: {seconds:.0f} s; {'; '.join(told)}", flush=True)
-                if row == FULL:
-                    models |= {f"simple: {name}": scores for name, scores in found.items() if name != "model"}
-                    verdict = result.validation["verdict"]
+            # The last row's task has all that the simple models read.
+            models |= {f"simple: {name}": scores for name, scores in found.items() if name != "model"}
             print_table(f"{task}, {options.repeats} x 5 folds", models, metric)
-            print(f"{FULL}: {verdict}\n", flush=True)
+            print(f"{row}: {result.validation['verdict']}\n", flush=True)
             (work / f"{task}.json").write_text(json.dumps(models, indent=2))
 
 
