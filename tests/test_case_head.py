@@ -7,7 +7,15 @@ import pytest
 import torch
 from test_heads import PYRAMIDS, STEMS, maps, skips_of
 
-from unicon_pipeline.case_head import FOUNDATION, PRIOR, REGION_SHARE, FusionEnsemble, FusionHead, fusion_options
+from unicon_pipeline.case_head import (
+    FOUNDATION,
+    PRIOR,
+    REGION_SHARE,
+    FusionEnsemble,
+    FusionHead,
+    Standard,
+    fusion_options,
+)
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.heads import HEADS, Features
 
@@ -180,10 +188,22 @@ class TestStandard:
 
 @pytest.mark.parametrize("cases, units", [(1, 8), (39, 8), (127, 8), (128, 16), (200, 16), (1024, 128), (10**6, 128)])
 def test_sizes_grow_with_the_cohort(cases, units):
-    options = fusion_options(cases, 5)
-    assert options == {
-        "columns": 5, "embedding": 2 * units, "fusion": 4 * units, "units": units, "attention": int(cases >= 200),
-    }  # fmt: skip
-    assert FusionHead(skips_of("coarse", {}), 2, **options)(
+    options = fusion_options(cases)
+    wanted = {"embedding": 2 * units, "fusion": 4 * units, "units": units, "attention": int(cases >= 200)}
+    assert options == wanted
+    assert FusionHead(skips_of("coarse", {}), 2, columns=5, **options)(
         features_of("coarse", "no stem"), rows(columns=5)
     ).shape == (3, 2)
+
+
+def test_each_group_of_columns_weighs_the_same_however_many_it_has():
+    standard = Standard(6, (2, 4))
+    values = 3 + 2 * torch.randn(500, 6)
+    values[:, 5] = 7.0  # constant, so the second group has three
+    standard.fit(values, torch.ones(500, 1))
+    found, _ = standard(values, torch.ones(500, 1))
+    variances = found.var(dim=0, correction=0)
+    torch.testing.assert_close(variances, torch.tensor([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3, 0.0]))
+    plain = Standard(2)
+    plain.fit(values[:, :2], torch.ones(500, 1))
+    torch.testing.assert_close(plain(values[:, :2], torch.ones(500, 1))[0].var(dim=0, correction=0), torch.ones(2))

@@ -23,23 +23,25 @@ MAX_PARAMETERS = 9
 # A module imports only from modules before it in this list.
 ORDER = """
     errors folder_lock records contract levels registry decisions progress workers dask_cluster voxels nifti
-    geometry descriptors label_spec description spreadsheet tables clinical dataset folds cross_validation suv
-    phantom_scene phantom_render phantoms resize region label_resize intensity air histogram measure cohort
-    fingerprint budget input_shape plan prepare store preprocess extension_plan model_record device machine weights
-    checkpoint foundation native lean_blocks families families.dna_encoders stems adapters heads case_head model
-    model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet families.ctvit
-    families.zero_shot families.monai_encoders families.primus families.nnssl losses survival augment loader metrics
-    survival_metrics class_metrics baselines case_fit training sliding_window inference_form export evidence verify
-    importer extend pretrain prediction_run predictor predict array_api evaluate info demo option_types command_line
-    cli
+    geometry descriptors label_spec description spreadsheet tables clinical dataset case_reading folds
+    cross_validation suv phantom_scene phantom_render phantoms resize region label_resize intensity air histogram
+    measure cohort fingerprint budget input_shape plan prepare store preprocess extension_plan model_record device
+    machine weights checkpoint foundation native lean_blocks families families.dna_encoders stems adapters heads
+    case_head model model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet
+    families.ctvit families.zero_shot families.monai_encoders families.primus families.nnssl losses survival augment
+    loader metrics survival_metrics case_answers class_metrics baselines case_report case_fit case_plan case_folds
+    training case_training sliding_window inference_form case_prediction export evidence verify case_extend importer
+    extend pretrain prediction_run predictor predict case_regions case_evaluate array_api evaluate info demo
+    option_types command_line cli
 """.split()
 
 TORCH_FREE = """
     errors folder_lock records contract levels registry decisions progress workers dask_cluster voxels nifti
-    geometry descriptors label_spec description spreadsheet tables clinical dataset folds cross_validation suv
-    phantom_scene phantom_render phantoms resize region label_resize intensity air histogram measure cohort
-    fingerprint budget input_shape plan prepare store preprocess extension_plan model_record info augment loader
-    metrics survival_metrics class_metrics baselines export evaluate option_types command_line cli
+    geometry descriptors label_spec description spreadsheet tables clinical dataset case_reading folds
+    cross_validation suv phantom_scene phantom_render phantoms resize region label_resize intensity air histogram
+    measure cohort fingerprint budget input_shape plan prepare store preprocess extension_plan model_record info
+    augment loader metrics survival_metrics class_metrics baselines case_report export case_evaluate evaluate
+    option_types command_line cli
 """.split()
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

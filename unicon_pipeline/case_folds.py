@@ -88,8 +88,7 @@ class Fits:
     def head(self, reading: CaseReading) -> FusionHead:
         """A fresh one."""
         sizes = {name: size for name, size in self.sizes.items() if name != "members"}
-        columns = len(reading.names)
-        return FusionHead(self.skips, output_channels(reading.outcome), **sizes | {"columns": columns})
+        return FusionHead(self.skips, output_channels(reading.outcome), **sizes | reading.row_sizes)
 
     def epochs(self, reading: CaseReading, training: np.ndarray, seed: int) -> int:
         """As many as inner folds of the training cases call for."""

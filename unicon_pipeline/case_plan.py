@@ -172,7 +172,7 @@ def plan_case_extension(
     image = IMAGE in inputs
     if not image and not reading.names:
         raise PlanError(f"{plan.task}: nothing can be read of its cases: see the decisions of its plan, or --inputs.")
-    sizes = fusion_options(len(training), len(reading.names)) | {"image": int(image), "members": MEMBERS}
+    sizes = fusion_options(len(training)) | reading.row_sizes | {"image": int(image), "members": MEMBERS}
     extension = ExtensionPlan(
         task=plan.task,
         modalities=plan.modalities,

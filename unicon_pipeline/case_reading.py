@@ -139,6 +139,12 @@ class CaseReading:
         return tuple(name for encoder in encoders if encoder is not None for name in encoder.names)
 
     @property
+    def row_sizes(self) -> dict[str, int]:
+        """What a head must know of `tabular`."""
+        figures = 0 if self.descriptors is None else len(self.descriptors.names)
+        return {"columns": len(self.names), "figures": figures}
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Columns of predictions.csv."""
         return self.outcome.outputs
