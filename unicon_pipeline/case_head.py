@@ -211,10 +211,10 @@ class Standard(nn.Module):
     """(x - mean) / sd of columns, as fitted; a constant column becomes 0. Until fitted, x itself.
 
     Args:
-        groups: sizes of groups of neighbouring columns, which sum to `width`. Where there are several, each is divided by
-            the root of the number of its columns, so that a penalty on their weights holds each group as much as the others. In simulated
-            cohorts of 39 cases with six figures and fourteen covariates, the C-index of a ridge Cox model rose by 0.01
-            to 0.05 where the figures told more, and fell by 0.01 where covariates told all.
+        groups: sizes of groups of neighbouring columns, which sum to `width`. Where there are several, each is divided
+            by the root of the number of its columns, so that a penalty on their weights holds each group as much as the
+            others. In simulated cohorts of 39 cases with six figures and fourteen covariates, the C-index of a ridge
+            Cox model rose by 0.01 to 0.05 where the figures told more, and fell by 0.02 where covariates told all.
     """
 
     def __init__(self, width: int, groups: Sequence[int] = ()):

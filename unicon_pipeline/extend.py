@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from unicon_pipeline.model_record import CHAIN_FILE, ChainEntry, TaskPlan, found
 from unicon_pipeline.records import read_record, sha256_json, to_dict
 from unicon_pipeline.sliding_window import Window, window_maps
 from unicon_pipeline.store import open_case, stored_case_ids
-from unicon_pipeline.training import CHECKPOINT_FILE, Score, Trainer, TrainingResult
+from unicon_pipeline.training import CHECKPOINT_FILE, Score, Trainer, TrainingResult, drop_modalities
 from unicon_pipeline.verify import probe
 
 logger = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class _Extension:
         plan, extension = self.planned.plan, self.extension
         trainer = Trainer(
             self.model.trained_state(),
-            modality_dropped(self._step_loss, extension.schedule.modality_dropout, extension.seed),
+            self._step_loss,
             Score("Dice", dice_of_counts),
             extension.schedule,
             self.device,
@@ -167,6 +166,7 @@ class _Extension:
             return trainer.run(batches)
 
     def _step_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        batch = drop_modalities(batch, self.extension.schedule.modality_dropout, self.extension.seed)
         labels = batch["labels"].to(self.device)
         outputs = self.model(batch["data"].to(self.device), batch["present"].to(self.device), every_level=True)
         return self.loss(outputs, labels), self.loss.overlap(outputs[0], labels)
@@ -209,27 +209,3 @@ class _Extension:
             "precision": str(self.precision).removeprefix("torch."),
             "probe": probe(self.model, self.planned.plan),
         }
-
-
-def modality_dropped(
-    step_loss: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], probability: float, seed: int
-) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor]]:
-    """The step loss of batches in which some cases lose some modalities (zeros, and not present).
-
-    Each case with several modalities keeps, with `probability`, a random non-empty part of them. What a
-    batch loses depends on its step and the seed alone.
-    """
-
-    def dropped(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + batch["step"])
-        present = batch["present"].clone()
-        for row in present:
-            channels = row.nonzero().flatten()
-            if len(channels) > 1 and torch.rand((), generator=generator) < probability:
-                kept = int(torch.randint(1, len(channels), (), generator=generator))
-                order = torch.randperm(len(channels), generator=generator)
-                row[channels[order[kept:]]] = False
-        data = batch["data"] * present[:, :, None, None, None]
-        return step_loss({**batch, "data": data, "present": present})
-
-    return dropped
