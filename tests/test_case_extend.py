@@ -18,6 +18,7 @@ from unicon_pipeline.errors import PlanError
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.phantoms import write_phantom_task
 from unicon_pipeline.store import open_case
+from unicon_pipeline.training import Trainer
 from unicon_pipeline.verify import verify
 
 CASES = 16
@@ -115,6 +116,60 @@ def test_held_out_cases_do_not_change_what_is_learned(copy):
         extend_case(copy / "raw/Surv", copy, copy / name, options=QUICK, fold=0, device="cpu")
         weights.append((copy / name / "tasks/Surv/weights.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_with_an_adapter_all_is_trained_end_to_end_and_a_cut_run_goes_on(copy, monkeypatch):
+    few = {"modalities": ("CT", "PET"), "region": "CTPET", "shape_zyx": (16, 32, 32), "spacing_zyx_mm": (20, 12, 12)}
+    write_phantom_task(copy / "raw/Few", "survival", 9, 3, **few)
+    given = ("-t", "Few", "-w", str(copy), "--device", "cpu", "--folds", "3", "--quiet")
+    assert main_plan_and_preprocess(given) == 0
+    kept = {path: path.read_bytes() for path in (copy / "model").rglob("*.safetensors")}
+    options = CaseOptions(epochs=1, adapter_rank=2, adapter_epochs=1)
+    how = {"options": options, "device": "cpu", "precision": "fp32"}
+    trained, train = [], Trainer._train_step
+
+    def step(trainer, batch, fraction):
+        trained.append(batch["case_ids"])
+        if len(trained) == 2:  # in the second fold
+            raise KeyboardInterrupt
+        return train(trainer, batch, fraction)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr("unicon_pipeline.case_training.usual_workers", lambda: 0)
+    with pytest.raises(KeyboardInterrupt):
+        extend_case(copy / "raw/Few", copy, copy / "model", **how)
+    result = extend_case(copy / "raw/Few", copy, copy / "model", **how)
+    assert [len(step) for step in trained] == [6, 6, 6, 6, result.plan.schedule.accumulate], "none is trained twice"
+    assert (result.plan.adapter.rank, result.plan.adapter.alpha, result.plan.schedule.learning_rate) == (2, 32.0, 3e-4)
+    assert result.validation["how"] == "1 x 3 folds, out of fold" and result.validation["n"] == 9
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    folder = ModelFolder(copy / "model")
+    model = folder.task_model("Few", folder.foundation())
+    assert any(bool(up.any()) for up in model.adapter.up) and verify(copy / "model").ok
+    assert not (copy / "preprocessed/Few/trainings").exists()
+
+
+def test_an_adapter_needs_an_image_and_its_plan_tells_the_cost(copy, capsys):
+    more = ("--adapter-rank", "2", "--dry-run")
+    assert run(copy, "Surv", *more, "--inputs", "clinical") == 2
+    assert "judged without one" in capsys.readouterr().err
+    assert run(copy, "Surv", *more, "--minutes", "8") == 0
+    shown = capsys.readouterr().out
+    assert "rank 2, alpha 32" in shown and "4 trainings that compute 96 cases, cut at 8 minutes" in shown
+
+
+def test_held_out_cases_do_not_change_the_temperature(copy):
+    shutil.copytree(copy / "model", copy / "other")
+    how = {"options": QUICK, "fold": 0, "device": "cpu"}
+    result = extend_case(copy / "raw/Finds", copy, copy / "model", **how)
+    path, swapped = copy / "raw/Finds/targets.csv", {"0": "1", "1": "0"}
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    held = result.plan.validation_cases
+    changed = [[c, *(swapped[v] for v in values)] if c in held else [c, *values] for c, *values in lines]
+    path.write_text("\n".join(map(",".join, changed)))
+    extend_case(copy / "raw/Finds", copy, copy / "other", **how)
+    one, two = (ModelFolder(copy / name).task_plan("Finds").case.outcome for name in ("model", "other"))
+    assert changed != lines and one.temperature == two.temperature != 1.0
 
 
 def test_a_modality_that_the_model_cannot_read_is_left_out_and_told(copy, tmp_path, capsys):

@@ -312,9 +312,10 @@ def test_extend_passes_its_options(stand_in, work, capsys):
     assert capsys.readouterr().out == "extended\n" * 2
 
 
-def test_options_of_case_level_tasks_are_refused_for_others(work, capsys):
-    assert cli.main_extend(["-t", "Lung", "-w", str(work), "--loss", "cox"]) == 2
-    assert "Lung is a segmentation task" in capsys.readouterr().err
+@pytest.mark.parametrize("option", [("--loss", "cox"), ("--all-descriptors",), ("--adapter-rank", "2")])
+def test_options_of_case_level_tasks_are_refused_for_others(option, work, capsys):
+    assert cli.main_extend(["-t", "Lung", "-w", str(work), *option]) == 2
+    assert f"{option[0]}: Lung is a segmentation task" in capsys.readouterr().err
 
 
 def test_a_case_level_task_gets_its_options(stand_in, work, monkeypatch):
@@ -323,10 +324,14 @@ def test_a_case_level_task_gets_its_options(stand_in, work, monkeypatch):
     stand = stand_in("case_extend", "extend_case", SimpleNamespace(summary=lambda: "extended"))
     arguments = ["-t", "Lung", "-w", str(work), "--loss", "cox", "--inputs", "image", "clinical", "--repeats", "2"]
     assert cli.main_extend([*arguments, "--fold", "1", "--seed", "3", "--device", "cpu"]) == 0
-    (call,) = stand.calls
-    options = call["options"]
-    assert (options.loss, options.inputs, options.repeats, options.epochs) == ("cox", ("image", "clinical"), 2, 60)
-    assert (call["fold"], call["seed"], call["device"]) == (1, 3, "cpu")
+    assert cli.main_extend([*arguments[:4], "--adapter-rank", "2", "--epochs", "7", "--minutes", "9", "--restart"]) == 0
+    first, second = stand.calls
+    options = first["options"]
+    assert (options.loss, options.inputs, options.rounds, options.epochs) == ("cox", ("image", "clinical"), 2, 60)
+    assert (first["fold"], first["seed"], first["device"], options.adapter_rank) == (1, 3, "cpu", 0)
+    options = second["options"]
+    assert (options.adapter_rank, options.adapter_epochs, options.minutes, options.rounds) == (2, 7, 9.0, 1)
+    assert first["resume"] and not second["resume"]
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(stand_in, work, capsys):

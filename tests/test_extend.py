@@ -8,7 +8,7 @@ import torch
 
 from unicon_pipeline.budget import PRESETS
 from unicon_pipeline.errors import DatasetError, PlanError
-from unicon_pipeline.extend import extend, modality_dropped, plan_for
+from unicon_pipeline.extend import extend, plan_for
 from unicon_pipeline.extension_plan import Schedule
 from unicon_pipeline.model_folder import ModelFolder
 from unicon_pipeline.phantoms import write_phantom_task
@@ -112,20 +112,3 @@ def test_a_classification_task_is_planned_in_another_way(grown, tmp_path):
     plan_and_preprocess(folder, tmp_path, ModelFolder(grown.model).spec(), PRESETS["cpu"], processes=1)
     with pytest.raises(PlanError, match="plan_case_extension plans it"):
         plan_for(folder, tmp_path, grown.model)
-
-
-def test_modality_dropout_keeps_at_least_one_and_zeroes_the_rest():
-    seen = []
-    step_loss = modality_dropped(lambda batch: seen.append(batch), 0.5, seed=1)
-    data, present = torch.ones(64, 2, 1, 1, 1), torch.ones(64, 2, dtype=torch.bool)
-    present[:8, 1] = False
-    step_loss({"data": data, "present": present, "step": 4})
-    step_loss({"data": data, "present": present, "step": 4})
-    (batch, again) = seen
-    assert torch.equal(batch["present"], again["present"]), "a resumed run drops the same"
-    assert batch["present"].any(dim=1).all()
-    assert torch.equal(batch["data"][:, :, 0, 0, 0] > 0, batch["present"])
-    assert batch["present"][:8].tolist() == [[True, False]] * 8
-    both = batch["present"][8:].all(dim=1).float().mean()
-    assert 0.3 < both < 0.7
-    assert present[8:].all(), "the loader's own batch is left as it was"

@@ -60,6 +60,7 @@ def test_any_usual_activation(pieces, nonlin):
 def test_maps_in_a_list_are_overwritten_and_others_are_not(pieces, kernel):
     block, maps, other = usual_block(kernel, channels=(6, 4)), torch.randn(1, 4, 9, 6, 5), torch.randn(1, 2, 9, 6, 5)
     wanted, before = block(torch.cat((maps, other), dim=1)), other.clone()
+    maps = maps.to(memory_format=torch.channels_last_3d)
     given = [maps, other]
     found = LeanBlock(block)(given)
     close(found, wanted)

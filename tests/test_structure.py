@@ -30,9 +30,9 @@ ORDER = """
     case_head model model_folder imported families.nnunet_plans families.nnunet families.inflated_resnet
     families.ctvit families.zero_shot families.monai_encoders families.primus families.nnssl losses survival augment
     loader metrics survival_metrics case_answers class_metrics baselines case_report case_fit case_plan case_folds
-    training case_training sliding_window inference_form case_prediction export evidence verify case_extend importer
-    extend pretrain prediction_run predictor predict case_regions case_evaluate array_api evaluate info demo
-    option_types command_line cli
+    training case_training case_adapter sliding_window inference_form case_prediction export evidence verify
+    case_extend importer extend pretrain prediction_run predictor predict case_regions case_evaluate array_api
+    evaluate info demo option_types command_line cli_extend cli
 """.split()
 
 TORCH_FREE = """
@@ -41,7 +41,7 @@ TORCH_FREE = """
     cross_validation suv phantom_scene phantom_render phantoms resize region label_resize intensity air histogram
     measure cohort fingerprint budget input_shape plan prepare store preprocess extension_plan model_record info
     augment loader metrics survival_metrics class_metrics baselines case_report export case_evaluate evaluate
-    option_types command_line cli
+    option_types command_line cli_extend cli
 """.split()
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -8,7 +8,7 @@ import torch
 
 from unicon_pipeline.errors import UniconError
 from unicon_pipeline.extension_plan import Schedule
-from unicon_pipeline.training import Score, Trainer
+from unicon_pipeline.training import Score, Trainer, drop_modalities
 
 
 class Batches:
@@ -110,3 +110,16 @@ def test_a_checkpoint_of_another_plan_is_left_aside(tmp_path, caplog):
 def test_a_loss_that_is_no_number_names_step_and_cases(tmp_path):
     with pytest.raises(UniconError, match=r"nan at step 3 \(cases a, b\).*--precision fp32"):
         trainer(tmp_path, poison=3).run(Batches())
+
+
+def test_modality_dropout_keeps_at_least_one_and_zeroes_the_rest():
+    data, present = torch.ones(64, 2, 1, 1, 1), torch.ones(64, 2, dtype=torch.bool)
+    present[:8, 1] = False
+    batch, again = (drop_modalities({"data": data, "present": present, "step": 4}, 0.5, seed=1) for _ in range(2))
+    assert torch.equal(batch["present"], again["present"]), "a resumed run drops the same"
+    assert batch["present"].any(dim=1).all()
+    assert torch.equal(batch["data"][:, :, 0, 0, 0] > 0, batch["present"])
+    assert batch["present"][:8].tolist() == [[True, False]] * 8
+    both = batch["present"][8:].all(dim=1).float().mean()
+    assert 0.3 < both < 0.7
+    assert present[8:].all(), "the loader's own batch is left as it was"

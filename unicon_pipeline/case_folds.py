@@ -25,12 +25,13 @@ from unicon_pipeline.case_fit import (
     of_survival,
     predict_rows,
 )
-from unicon_pipeline.case_head import FusionEnsemble, FusionHead
+from unicon_pipeline.case_head import FusionHead
 from unicon_pipeline.case_plan import CaseOptions, Cohort, fit_reading, output_channels
 from unicon_pipeline.case_reading import CLASSES, SURVIVAL, CaseReading, Hazard, Outcome
 from unicon_pipeline.cross_validation import inner_folds
 from unicon_pipeline.levels import SkipLevels
 from unicon_pipeline.losses import MultiLabelLoss
+from unicon_pipeline.model import TaskModel
 from unicon_pipeline.survival import SURVIVAL_LOSSES, BaselineHazard, breslow_baseline, risk_of, survival_curve
 from unicon_pipeline.survival_metrics import Curves
 
@@ -46,6 +47,20 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(count)
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The fit that is shipped. `epochs`: of the head; `steps` and `history`: of the training, as on the card.
+
+    `logits`: of all cases (n, outputs). `inner`: of the training cases, by models that never saw them; None: unknown.
+    """
+
+    epochs: int
+    steps: int
+    history: tuple[dict[str, float | None], ...]
+    logits: Tensor
+    inner: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,34 +105,42 @@ class Fits:
         sizes = {name: size for name, size in self.sizes.items() if name != "members"}
         return FusionHead(self.skips, output_channels(reading.outcome), **sizes | reading.row_sizes)
 
-    def epochs(self, reading: CaseReading, training: np.ndarray, seed: int) -> int:
-        """As many as inner folds of the training cases call for."""
+    @one_thread()
+    def inner(self, reading: CaseReading, training: np.ndarray, seed: int) -> tuple[int, Tensor | None]:
+        """How many epochs inner folds of the training cases call for, and these cases' logits, each by the inner fold
+        that held it out; None where there is one patient."""
         rows, loss = self.rows(reading), self.loss(reading, training)
         fits = []
         parts = inner_folds(self.cohort.task, training, _INNER_FOLDS, seed)
-        for number, part in enumerate(parts if len(parts) > 1 else ()):
+        if len(parts) < 2:
+            return 0, None
+        for number, part in enumerate(parts):
             held = training[list(part)]
             torch.manual_seed(seed + number)
             options = FitOptions(epochs=self.options.epochs, seed=seed + number)
             kept = rows.take(np.setdiff1d(training, held))
             fits.append(fit_head(self.head(reading), kept, loss, options, rows.take(held)))
-        return choose_epochs(fits) if fits else 0
+        epochs = choose_epochs(fits)
+        logits = torch.cat([fit.logits[epochs] for fit in fits])
+        return epochs, logits[np.concatenate(parts).argsort()]
 
+    @one_thread()
     def fold(self, training: np.ndarray, held: np.ndarray, seed: int) -> np.ndarray:
         """Fits on the first, predicts the second: as `told`."""
         reading = self.reading(training)
-        epochs, rows = self.epochs(reading, training, seed), self.rows(reading)
+        (epochs, _), rows = self.inner(reading, training, seed), self.rows(reading)
         torch.manual_seed(seed)
         head, options = self.head(reading), FitOptions(epochs=epochs, seed=seed)
         fit_head(head, rows.take(training), self.loss(reading, training), options)
         return self.told(reading.outcome, training, predict_rows(head, rows))[held]
 
-    def whole(self, head: FusionEnsemble, reading: CaseReading, training: np.ndarray, seed: int) -> tuple[int, Tensor]:
-        """Fits all members of `head` in place; the number of epochs, and all cases' logits (n, outputs)."""
-        epochs, rows = self.epochs(reading, training, seed), self.rows(reading)
+    @one_thread()
+    def whole(self, model: TaskModel, reading: CaseReading, training: np.ndarray, seed: int) -> Whole:
+        """Fits all members of the model's head in place."""
+        (epochs, inner), rows = self.inner(reading, training, seed), self.rows(reading)
         options = FitOptions(epochs=epochs, seed=seed)
-        fit_ensemble(head, rows.take(training), self.loss(reading, training), options)
-        return epochs, predict_rows(head, rows)
+        fit_ensemble(model.head, rows.take(training), self.loss(reading, training), options)
+        return Whole(epochs, epochs, (), predict_rows(model.head, rows), inner)
 
     def told(self, outcome: Outcome, training: np.ndarray, logits: Tensor) -> np.ndarray:
         """All cases' predictions (n, ...) in terms that mean the same in each fold, from all cases' logits.

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unicon_pipeline.budget import TRAINING_PASSES
+from unicon_pipeline.case_fit import FitOptions
 from unicon_pipeline.case_head import fusion_options
 from unicon_pipeline.case_reading import (
     CLASSES,
@@ -32,28 +34,50 @@ from unicon_pipeline.contract import FoundationSpec
 from unicon_pipeline.dataset import Task
 from unicon_pipeline.decisions import Decision
 from unicon_pipeline.errors import PlanError
-from unicon_pipeline.extension_plan import ExtensionPlan, HeadPlan, Planned, Schedule, StemPlan, held_out_cases
+from unicon_pipeline.extension_plan import (
+    AdapterPlan,
+    ExtensionPlan,
+    HeadPlan,
+    Planned,
+    Schedule,
+    StemPlan,
+    held_out_cases,
+)
+from unicon_pipeline.loader import cases_per_step
+from unicon_pipeline.plan import NOMINAL_STEPS, DataPlan
 from unicon_pipeline.store import read_meta, stored_case_ids
 from unicon_pipeline.survival import SURVIVAL_LOSSES, time_bins
 from unicon_pipeline.tables import enumerated
 
 MEMBERS = 5  # of the shipped ensemble
 HORIZONS_DAYS = (365.0, 730.0, 1095.0, 1825.0)
+_ALPHA_PER_RANK = 16.0  # rank 2 has UNICON's alpha for prognosis, 32
+_ADAPTER_LEARNING_RATE = 3e-4
 _CASES_AT_HORIZON = 5  # with an event before it, and as many followed beyond: fewer say nothing about a day
 
 
 @dataclass(frozen=True)
 class CaseOptions:
-    """What a person may choose. `inputs`: of INPUTS, None: all that the task offers. `epochs`: at most.
+    """What a person may choose. `inputs`: of INPUTS, None: all that the task offers. `epochs`: of the head, at most.
 
-    `loss`: of survival, a key of SURVIVAL_LOSSES. `repeats`: of the cross-validation. `descriptors`: of the region.
+    `loss`: of survival, a key of SURVIVAL_LOSSES. `repeats`: of the cross-validation, None: see `rounds`.
+    `descriptors`: of the region. `adapter_rank`: 0: the encoder is frozen; else all is trained end to end as well, for
+    `adapter_epochs`, and within `minutes` (of all folds together) if given.
     """
 
     loss: str = "mtlr"
     inputs: tuple[str, ...] | None = None
-    repeats: int = 5
+    repeats: int | None = None
     epochs: int = 60
     descriptors: tuple[str, ...] = USUAL_DESCRIPTORS
+    adapter_rank: int = 0
+    adapter_epochs: int = 20
+    minutes: float | None = None
+
+    @property
+    def rounds(self) -> int:
+        """Of the cross-validation: as many as `repeats`, else 5, or 1 where each fold trains the encoder."""
+        return self.repeats or (1 if self.adapter_rank else 5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,19 +171,20 @@ def plan_case_extension(
     spec: FoundationSpec,
     known_stems: dict[str, StemPlan],
     options: CaseOptions,
-    schedule: Schedule,
     fold: int | str,
     seed: int,
 ) -> tuple[ExtensionPlan, CaseReading]:
-    """Plans the extension of a model by a task that judges whole cases, on a frozen encoder.
+    """Plans the extension of a model by a task that judges whole cases.
+
+    The steps of its schedule are epochs, the most that may be chosen; with an adapter, of the training end to end.
 
     Args:
         known_stems: the stems that the model has, by modality.
-        schedule: its steps are epochs, the most that may be chosen.
         fold: which of the plan's folds is held out for validation, or "all" to train on every case.
 
     Raises:
-        PlanError: an input that the task has not, nothing to read, no fold of that number, nothing to train on.
+        PlanError: an input that the task has not, nothing to read, an adapter without an image, no fold of that number,
+            nothing to train on.
     """
     plan = planned.plan
     held = held_out_cases(plan, fold)
@@ -172,22 +197,41 @@ def plan_case_extension(
     image = IMAGE in inputs
     if not image and not reading.names:
         raise PlanError(f"{plan.task}: nothing can be read of its cases: see the decisions of its plan, or --inputs.")
+    if options.adapter_rank and not image:
+        raise PlanError(f"--adapter-rank adapts what reads the image, and {plan.task} is to be judged without one.")
+    trainings = options.rounds * max(len(plan.folds), 2) + 1 if fold == "all" else 1
+    minutes = options.minutes and options.minutes / trainings
     sizes = fusion_options(len(training)) | reading.row_sizes | {"image": int(image), "members": MEMBERS}
     extension = ExtensionPlan(
         task=plan.task,
         modalities=plan.modalities,
         new_stems=(),
         reused_stems=tuple(known_stems[name] for name in readable if name in known_stems) if image else (),
-        adapter=None,
+        adapter=AdapterPlan("low_rank", rank, _ALPHA_PER_RANK * rank) if (rank := options.adapter_rank) else None,
         head=HeadPlan("fusion_ensemble", output_channels(reading.outcome), sizes),
-        schedule=schedule,
+        schedule=schedule_of(cohort.strata[cohort.numbers(training)], options, minutes),
         training_cases=training,
         validation_cases=tuple(name for name in cohort.case_ids if name in held),
         seed=seed,
         decisions=(),
     )
-    parts = _decisions(extension, reading, readable, len(planned.plan.folds), options, fold)
-    return dataclasses.replace(extension, decisions=tuple(parts)), reading
+    parts = (
+        *_input_decisions(extension, reading, readable, options),
+        *_fit_decisions(extension, reading, options, fold),
+        *(_end_to_end_decisions(extension, plan, options, trainings) if options.adapter_rank else ()),
+        _cases_decision(extension, len(plan.folds), options, fold),
+    )
+    return dataclasses.replace(extension, decisions=parts), reading
+
+
+def schedule_of(strata: np.ndarray, options: CaseOptions, minutes: float | None) -> Schedule:
+    """For training cases of these strata; end to end, steps that hold an event each, and so many minutes at most."""
+    if not options.adapter_rank:
+        fit = FitOptions()
+        return Schedule(options.epochs, None, fit.learning_rate, fit.weight_decay, warmup_steps=0)
+    size = cases_per_step(strata.tolist())
+    steps = max(1, round(options.adapter_epochs * len(strata) / size))
+    return Schedule(steps, minutes, _ADAPTER_LEARNING_RATE, warmup_steps=steps // 10, accumulate=size)
 
 
 def output_channels(outcome: Outcome) -> int:
@@ -240,13 +284,8 @@ def _inputs(planned: Planned, cohort: Cohort, readable: Sequence[str], options: 
     return tuple(name for name in INPUTS if name in wanted)
 
 
-def _decisions(
-    extension: ExtensionPlan,
-    reading: CaseReading,
-    readable: Sequence[str],
-    folds: int,
-    options: CaseOptions,
-    fold: int | str,
+def _input_decisions(
+    extension: ExtensionPlan, reading: CaseReading, readable: Sequence[str], options: CaseOptions
 ) -> Iterator[Decision]:
     reason = "chosen by the user" if options.inputs else "all that the task offers"
     yield Decision("inputs", ", ".join(reading.inputs), reason)
@@ -257,8 +296,12 @@ def _decisions(
             yield Decision(f"image of {name}", "left out", why)
         for stem in extension.reused_stems:
             yield Decision(f"stem {stem.modality}", "reused, frozen", "an earlier task brought it")
-        frozen = "small cohorts are overfitted by less; each case goes through the encoder once, and is kept"
-        yield Decision("adapter", "none, the encoder is frozen", frozen)
+        value = "none, the encoder is frozen"
+        why = "small cohorts are overfitted by less; each case goes through the encoder once, and is kept"
+        if adapter := extension.adapter:
+            value = f"rank {adapter.rank}, alpha {adapter.alpha:g}"
+            why = "chosen by the user (UNICON's for prognosis: rank 2, alpha 32); the foundation itself stays frozen"
+        yield Decision("adapter", value, why)
     if reading.descriptors is not None:
         names = reading.descriptors.names
         yield Decision("region", f"{len(names)} figures", f"{', '.join(names)}: logarithms of sizes, standardised")
@@ -266,20 +309,48 @@ def _decisions(
         out = [f"{name}: {why}" for name, why in reading.clinical.left_out.items()]
         told = "; ".join([*out, *reading.clinical.remarks]) or "all columns are used"
         yield Decision("covariates", f"{len(reading.clinical.names)} columns", told)
+
+
+def _fit_decisions(
+    extension: ExtensionPlan, reading: CaseReading, options: CaseOptions, fold: int | str
+) -> Iterator[Decision]:
     sizes, cases = extension.head.options, len(extension.training_cases)
     pooled = "weights of positions are learned" if sizes["attention"] else "too few cases to learn where to look"
     size = f"{sizes['fusion']}-{sizes['units']}, {MEMBERS} together"
     yield Decision("head", size, f"fusion of all inputs, sized for {cases} cases; {pooled}; starts as a linear model")
-    yield _outcome_decision(reading.outcome)
-    reason = "inner folds of the training cases choose; 0 is the ridge model of the figures alone"
-    yield Decision("epochs", f"0 to {extension.schedule.steps}", reason)
-    yield _cases_decision(extension, folds, options, fold)
+    yield _outcome_decision(reading.outcome, calibrated=extension.adapter is None or fold == "all")
+    where = " of the head, on the frozen encoder" if extension.adapter else ""
+    reason = f"inner folds of the training cases choose those{where}; 0 is the ridge model of the figures alone"
+    yield Decision("epochs", f"0 to {options.epochs}", reason)
 
 
-def _outcome_decision(outcome: Outcome) -> Decision:
+def _end_to_end_decisions(
+    extension: ExtensionPlan, plan: DataPlan, options: CaseOptions, trainings: int
+) -> Iterator[Decision]:
+    schedule, cases = extension.schedule, len(extension.training_cases)
+    how = (
+        f"{options.adapter_epochs} epochs in steps of {schedule.accumulate} cases, each with an event or each class "
+        f"where enough are; AdamW {schedule.learning_rate:g}, from the fitted head on"
+    )
+    yield Decision("end to end", f"{schedule.steps} steps", how)
+    # A round's folds together train on all cases but one share of them.
+    rounds = options.rounds if trainings > 1 else 0
+    computed = options.adapter_epochs * cases * (trainings - rounds)
+    pass_minutes = plan.estimated_minutes_to_train / (NOMINAL_STEPS * plan.batch_size * TRAINING_PASSES)
+    minutes = computed * (TRAINING_PASSES + 1) * pass_minutes  # one more: see `case_training.backward_by_case`
+    bound = ""
+    if options.minutes:
+        minutes, bound = min(minutes, options.minutes), f", cut at {options.minutes:g} minutes in all"
+    value = f"about {max(minutes, 1):.0f} minutes" if minutes < 90 else f"about {minutes / 60:.0f} hours"
+    reason = f"{trainings} trainings that compute {computed} cases{bound}, on the machine that the data are planned for"
+    yield Decision("training time", value, reason)
+
+
+def _outcome_decision(outcome: Outcome, calibrated: bool) -> Decision:
     if outcome.kind != SURVIVAL:
         how = "each class counts the same" if outcome.kind == CLASSES else "a blank counts for nothing"
-        return Decision("loss", "cross-entropy", f"{enumerated(outcome.names)}; {how}; probabilities are calibrated")
+        told = "probabilities are calibrated" if calibrated else "probabilities are not calibrated, as --fold all does"
+        return Decision("loss", "cross-entropy", f"{enumerated(outcome.names)}; {how}; {told}")
     days = ", ".join(f"{day:.0f}" for day in outcome.edges_days)
     reason = f"time bins between days {days}: each holds as many of the training cases' events"
     if outcome.loss == "cox":
@@ -290,7 +361,7 @@ def _outcome_decision(outcome: Outcome) -> Decision:
 def _cases_decision(extension: ExtensionPlan, folds: int, options: CaseOptions, fold: int | str) -> Decision:
     count = len(extension.training_cases)
     if fold == "all":
-        value = f"{count}, {options.repeats} x {folds} folds"
+        value = f"{count}, {options.rounds} x {folds} folds"
         reason = (
             "cross-validation judges, with whole patients and outcomes spread evenly; then all cases train what is "
             "shipped, as a fold's model lacks a part of them"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unicon_pipeline.case_fit import CaseLoss, CaseRows, FitOptions, fit_ensemble, fit_head
+from unicon_pipeline.case_folds import one_thread
 from unicon_pipeline.case_head import FusionEnsemble, FusionHead
 from unicon_pipeline.device import autocast
 from unicon_pipeline.extension_plan import Schedule
@@ -206,7 +207,8 @@ def _begin(
     cohort = CaseRows.collate(features, torch.cat(rows) if rows else None, torch.cat(targets), strata)
     head = copy.deepcopy(model.head).cpu()
     fit = fit_ensemble if isinstance(head, FusionEnsemble) else fit_head
-    fit(head, cohort, loss, options)
+    with one_thread():
+        fit(head, cohort, loss, options)
     load_exactly(canonical_state(model.head), canonical_state(head), "the head that was fitted first")
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from scipy import fft, ndimage
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
-from skimage.measure import marching_cubes
 
 from unicon_pipeline.contract import SpacingZYX
 from unicon_pipeline.geometry import GRID_TOLERANCE_MM, Grid, Volume, fields_of_view_overlap, grids_differ_mm, onto_grid
@@ -95,6 +94,8 @@ def linear_row(descriptors: Mapping[str, float]) -> np.ndarray:
 
 
 def _shape(region_zyx: np.ndarray, spacing_zyx_mm: SpacingZYX) -> dict[str, float]:
+    from skimage.measure import marching_cubes  # only here: every prediction would load it
+
     labelled, components = ndimage.label(region_zyx, _TOUCHING)
     corners, area, enclosed = [], 0.0, 0.0
     for part_zyx, start_zyx in _parts(labelled):

@@ -136,6 +136,8 @@ class InstanceNormChannelsLast(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.nonlin = nonlin
+        if nonlin is not None:
+            nonlin.inplace = True
 
     @staticmethod
     def can_replace(norm: nn.Module) -> bool:
@@ -144,23 +146,24 @@ class InstanceNormChannelsLast(nn.Module):
 
     def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
         """Maps (B, C, Z, Y, X), or in a list that is given away."""
-        if isinstance(maps, list):
-            (whole,) = maps
-            maps.clear()
-            for sample in whole.split(1):
-                self._of_one(sample, sample)
-            return whole
-        return _batch([self._of_one(sample, _MAPS.empty(sample.shape, sample.dtype)) for sample in maps.split(1)])
+        given = isinstance(maps, list)
+        samples = (maps.pop() if given else maps).split(1)
+        return _batch([
+            self._of_one(sample, sample if given and _is_last(sample) else _MAPS.empty(sample.shape, sample.dtype))
+            for sample in samples
+        ])  # fmt: skip
 
     def _of_one(self, sample: Tensor, out: Tensor) -> Tensor:
         mean, variance = channel_moments(sample)
+        unused = mean.new_empty(0)
         for rows in _pieces(sample.shape[2], sample[0, :, 0].numel()):
-            piece = sample[:, :, rows].permute(0, 2, 3, 4, 1)
-            voxels = piece.flatten(0, 3)  # (Z * Y * X, C): batch norm over one sample's voxels
-            normed = torch.batch_norm(voxels, self.weight, self.bias, mean, variance, False, 0.0, self.eps, False)
+            voxels, place = _voxels(sample[:, :, rows]), _voxels(out[:, :, rows])
+            # Batch norm over one sample's voxels, each written where it is to be.
+            torch.native_batch_norm(
+                voxels, self.weight, self.bias, mean, variance, False, 0.0, self.eps, out=(place, unused, unused)
+            )
             if self.nonlin is not None:
-                normed = self.nonlin(normed)
-            out[:, :, rows] = normed.view(piece.shape).permute(0, 4, 1, 2, 3)
+                self.nonlin(place)
         return out
 
 
@@ -227,8 +230,17 @@ def forget_free_maps() -> None:
     _MAPS.forget()
 
 
+def _voxels(sample: Tensor) -> Tensor:
+    """Maps (1, C, Z, Y, X) as (Z * Y * X, C), in the same memory where their channels lie last."""
+    return sample.permute(0, 2, 3, 4, 1).reshape(-1, sample.shape[1])
+
+
+def _is_last(sample: Tensor) -> bool:
+    return sample.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def _is_map(part: Tensor | Upsampled, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    return isinstance(part, Tensor) and part.shape == shape and part.dtype == dtype
+    return isinstance(part, Tensor) and part.shape == shape and part.dtype == dtype and _is_last(part)
 
 
 def _pieces(rows: int, values_per_row: int, fewest: int = 1) -> Iterator[slice]:
@@ -243,12 +255,14 @@ def _batch(samples: list[Tensor]) -> Tensor:
 def channel_moments(sample: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance (C,) of maps (1, C, Z, Y, X), in float32.
 
-    First of each channel at each x alone, and then of all: a single sum over a million voxels would lose three digits.
+    First of many sets of voxels (one for each x; in reduced precision fewer, which is faster), and then of all: a
+    single sum over a million voxels would lose three digits.
     """
-    columns = sample.permute(0, 2, 3, 4, 1).flatten(3).flatten(0, 2)  # (Z * Y, X * C)
+    sets = sample.shape[4] if sample.dtype is torch.float32 else math.gcd(sample.shape[4], 4)
+    columns = _voxels(sample).reshape(-1, sets * sample.shape[1])
     zeros = torch.zeros(columns.shape[1])
     means, variances = torch.batch_norm_update_stats(columns, zeros, zeros + 1, 0.0)
-    means, variances = (moments.view(-1, sample.shape[1]) for moments in (means, variances))
+    means, variances = (moments.view(sets, -1) for moments in (means, variances))
     mean = means.mean(dim=0)
     return mean, (variances + (means - mean).square()).mean(dim=0)
 
