@@ -1,8 +1,13 @@
 """Prediction: the input's grid, any allowed modalities, old tasks bit for bit, one bad case costs itself only."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -303,3 +308,27 @@ def test_a_case_that_cannot_fit_the_memory_is_refused_beforehand(grown, three, t
     report = predict_folder(three, tmp_path / "out", grown.model, tasks=["CT"], device="cpu")
     assert report.exit_code == 2
     assert "CT needs at least 0.0 GB for this case, and 0.0 GB of memory are free" in report.cases[0].failure
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends an interrupt")
+def test_interrupted_it_leaves_no_half_file_and_resumes(grown, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(60):
+        for path in sorted((grown.raw("CT") / "imagesTr").glob("phantom_0001_*")):
+            (source / path.name.replace("phantom_0001", f"case_{number:02d}")).symlink_to(path)
+    script, model = str(Path(sys.executable).with_name("unicon_predict")), str(grown.model)
+    command = [script, "-i", str(source), "-o", str(out), "-m", model, "-t", "CT", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("CT/case_*.nii.gz")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told.endswith("interrupted\n"), told
+    assert not [path for path in out.rglob("*") if "partial" in path.name]
+    done = sorted(out.glob("CT/*.nii.gz"))
+    assert 0 < len(done) < 60 and len({path.read_bytes() for path in done}) == 1
+    assert subprocess.run([*command, "--resume", "--quiet"]).returncode == 0
+    every = [path.read_bytes() for path in out.glob("CT/*.nii.gz")]
+    assert len(every) == 60 and len(set(every)) == 1

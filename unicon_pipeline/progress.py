@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,3 +19,11 @@ def progress_bar(items: Iterable[Item], what: str, name: Callable[[Item], str], 
             bar.set_postfix_str(name(item))
             yield item
             bar.update()
+
+
+@contextmanager
+def steps_bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Beneath the bar of items: the steps of the present one, and the time left for it; call it with steps done."""
+    hidden = total < 2 or not sys.stderr.isatty()
+    with tqdm(total=total, desc=what, disable=hidden, leave=False, position=1) as bar:
+        yield bar.update

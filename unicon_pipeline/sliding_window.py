@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unicon_pipeline.contract import ZYX
 from unicon_pipeline.device import autocast
 from unicon_pipeline.lean_blocks import forget_free_maps
+from unicon_pipeline.progress import steps_bar
 
 logger = logging.getLogger(__name__)
 
@@ -87,18 +88,22 @@ def window_slabs(
     images, inner = _padded(torch.from_numpy(array_czyx), window)
     z_starts, *yx_starts = tile_starts(images.shape[1:], window.tile_zyx, window.step)
     passes, sums = _Passes(network, present, window), _Sums(images.shape[1:], window.tile_zyx)
-    for z, following in zip(z_starts, (*z_starts[1:], images.shape[1])):
-        every = [_tile((z, y, x), window.tile_zyx) for y, x in itertools.product(*yx_starts)]
-        tiles = [tile for tile in every if is_air is None or not is_air(_shifted(tile, inner))]
-        for batch, output in passes(images, tiles):
-            sums.add(batch, output, z)
-        counts = (len(tiles), len(every) - len(tiles))
-        first, last = max(z, inner[0].start), min(following, inner[0].stop)
-        for start in range(first, last, _SLAB_ROWS):
-            rows = slice(start, min(start + _SLAB_ROWS, last))
-            yield Slab(_shift(rows, inner[0]), *sums.mean(_shift(rows, slice(z, None)), inner[1:]), *counts)
-            counts = (0, 0)
-        sums.advance(following - z)
+    planes = list(itertools.product(*yx_starts))
+    with steps_bar("tiles", len(z_starts) * len(planes)) as done:
+        for z, following in zip(z_starts, (*z_starts[1:], images.shape[1])):
+            every = [_tile((z, y, x), window.tile_zyx) for y, x in planes]
+            tiles = [tile for tile in every if is_air is None or not is_air(_shifted(tile, inner))]
+            done(len(every) - len(tiles))
+            for batch, output in passes(images, tiles):
+                sums.add(batch, output, z)
+                done(len(batch))
+            counts = (len(tiles), len(every) - len(tiles))
+            first, last = max(z, inner[0].start), min(following, inner[0].stop)
+            for start in range(first, last, _SLAB_ROWS):
+                rows = slice(start, min(start + _SLAB_ROWS, last))
+                yield Slab(_shift(rows, inner[0]), *sums.mean(_shift(rows, slice(z, None)), inner[1:]), *counts)
+                counts = (0, 0)
+            sums.advance(following - z)
 
 
 def window_maps(network: nn.Module, array_czyx: np.ndarray, present: tuple[bool, ...], window: Window) -> Tensor:
