@@ -23,13 +23,11 @@ FEW_STEPS = Schedule(steps=3, minutes=None)
 
 
 @pytest.fixture(autouse=True)
-def _logging_left_as_found():
-    # A command line configures the package's logger, once a process; here many run in one.
+def _logging_as_at_the_start() -> None:
+    # A command line configures the package's logger, once a process; here many run in one, some in fixtures of modules.
     package = logging.getLogger("unicon_pipeline")
-    handlers, level = list(package.handlers), package.level
-    yield
-    package.handlers[:] = handlers
-    package.setLevel(level)
+    package.handlers[:] = []
+    package.setLevel(logging.NOTSET)
 
 
 @dataclasses.dataclass(frozen=True)
