@@ -7,12 +7,12 @@ import pytest
 from lifelines.utils import concordance_index
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from unicon_pipeline.case_evaluate import CaseEvaluation, horizons
+from unicon_pipeline.case_evaluate import CaseEvaluation
 from unicon_pipeline.dataset import Case, Task
 from unicon_pipeline.errors import DatasetError, PredictionError
 from unicon_pipeline.evaluate import evaluate, format_evaluation
 from unicon_pipeline.records import read_record
-from unicon_pipeline.survival_metrics import Censoring
+from unicon_pipeline.survival_metrics import Censoring, horizons
 from unicon_pipeline.tables import Table, write_table
 
 NAMES = tuple(f"case_{n:02d}" for n in range(60))

@@ -31,7 +31,7 @@ from unicon_pipeline.extension_plan import HeadPlan
 from unicon_pipeline.foundation import freeze
 from unicon_pipeline.losses import MultiLabelLoss
 
-OPTIONS = {"columns": 4, "embedding": 8, "fusion": 12, "units": 6}
+OPTIONS = {"columns": 4, "units": 6}
 
 
 def task_model(name="anisotropic", **options):

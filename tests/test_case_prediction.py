@@ -33,7 +33,7 @@ FP32 = {"device": "cpu", "precision": "fp32"}
 CHANNELS = {0: "CT", 1: "PET"}
 ROWS = [{"age": float(age), "sex": sex} for age, sex in zip((40, 50, 60, 70, 80, 55), "MFMFMF")]
 FIGURES = [{"volume_ml": 2.0 * n + 1, "suv_max": 3.0 + n, "sphericity": 0.5 + n / 20} for n in range(6)]
-OPTIONS = {"embedding": 8, "fusion": 16, "units": 8, "attention": 0, "members": 2}
+OPTIONS = {"units": 8, "attention": 0, "members": 2}
 
 
 def reading(outcome, inputs=("image", "region", "clinical")):

@@ -17,7 +17,7 @@ from unicon_pipeline.store import write_case
 from unicon_pipeline.survival import SURVIVAL_LOSSES
 
 EDGES = (100.0, 200.0, 400.0)
-OPTIONS = {"columns": 2, "embedding": 8, "fusion": 12, "units": 6}
+OPTIONS = {"columns": 2, "units": 6}
 PROGNOSIS = AdapterPlan("low_rank", 2, 32.0)
 CPU = torch.device("cpu")
 SHAPE = (8, 16, 16)

@@ -123,7 +123,7 @@ class TestIntervals:
     def test_blocks_change_only_how_many_are_drawn_at_once(self, monkeypatch):
         p, targets = findings(n=30, count=2, blanks=0.2)
         whole = classification_scores(p, targets, ["a", "b"], resamples=100).overall
-        monkeypatch.setattr("unicon_pipeline.class_metrics.BOOTSTRAP_BLOCK", 210)
+        monkeypatch.setattr("unicon_pipeline.metrics.BOOTSTRAP_BLOCK", 210)
         parts = classification_scores(p, targets, ["a", "b"], resamples=100).overall
         for name, score in whole.items():
             assert (parts[name].low, parts[name].high) == pytest.approx((score.low, score.high), abs=1e-12)

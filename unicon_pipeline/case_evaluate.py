@@ -21,14 +21,10 @@ from unicon_pipeline.clinical import Row
 from unicon_pipeline.dataset import Case, Task
 from unicon_pipeline.errors import DatasetError, PredictionError
 from unicon_pipeline.spreadsheet import Cell
-from unicon_pipeline.survival_metrics import Censoring, Curves, Survival, SurvivalScore, survival_scores
+from unicon_pipeline.survival_metrics import Censoring, Curves, Survival, SurvivalScore, horizons, survival_scores
 from unicon_pipeline.tables import Table, enumerated, read_table
 
 PREDICTIONS = "predictions.csv"
-
-# Years at which a prognosis is judged: those that have so many training cases with an event before, and beyond.
-HORIZONS_DAYS = (365.0, 730.0, 1095.0, 1825.0)
-CASES_AT_HORIZON = 5
 
 _CURVE = re.compile(r"survival_(\d+(?:\.\d+)?)")
 
@@ -109,16 +105,6 @@ def evaluate_cases(
         failed=failed,
         remarks=tuple(remarks),
     )
-
-
-def horizons(time_days: np.ndarray, event: np.ndarray) -> tuple[float, ...]:
-    """Days at which a cohort (n,) says something of survival: whole years, else the median time of its events."""
-
-    def told(day: float) -> bool:
-        return min(((event > 0) & (time_days <= day)).sum(), (time_days > day).sum()) >= CASES_AT_HORIZON
-
-    years = tuple(day for day in HORIZONS_DAYS if told(day))
-    return years or ((math.ceil(np.median(time_days[event > 0])),) if (event > 0).any() else ())
 
 
 def _references(task: Task, case_ids: Sequence[str] | None) -> dict[str, tuple[Case, bool, Row]]:

@@ -30,7 +30,7 @@ def fusion_options(cases: int) -> dict[str, int]:
     power_of_two = 1 << max(cases // _CASES_PER_UNIT, 1).bit_length() - 1
     units = min(max(power_of_two, _FEWEST_UNITS), _MOST_UNITS)
     attention = int(cases >= _ATTENTION_CASES)
-    return {"embedding": 2 * units, "fusion": 4 * units, "units": units, "attention": attention}
+    return {"units": units, "attention": attention}
 
 
 @HEADS.register("fusion")
@@ -47,7 +47,7 @@ class FusionHead(nn.Module):
     Args:
         columns: of the row; 0: it has none.
         figures: how many of them, from the first on, describe the region; these and the others weigh the same.
-        embedding, fusion, units: widths of the embeddings and of the two layers before the logits.
+        units: width of the last layer before the logits; the one before has four times, embeddings have twice as many.
         attention: 1: weights of the positions are learned; 0: they are fixed, and only the weighted mean is kept.
         image: 0: the row alone decides, and no map is looked at.
     """
@@ -58,14 +58,13 @@ class FusionHead(nn.Module):
         output_channels: int,
         columns: int = 0,
         figures: int = 0,
-        embedding: int = 256,
-        fusion: int = 512,
         units: int = 128,
         attention: int = 1,
         image: int = 1,
     ):
         super().__init__()
         self.attention = bool(attention)
+        embedding, fusion = 2 * units, 4 * units
         coarsest = {name: c for level in skips.levels for name, c in level.side_channels if name != DETAIL}
         widths = {FOUNDATION: skips.hidden_channels[-1], **dict(sorted(coarsest.items()))} if image else {}
         self.pools = nn.ModuleDict({name: _Pool(width, self.attention) for name, width in widths.items()})

@@ -47,13 +47,12 @@ from unicon_pipeline.loader import cases_per_step
 from unicon_pipeline.plan import NOMINAL_STEPS, DataPlan
 from unicon_pipeline.store import read_meta, stored_case_ids
 from unicon_pipeline.survival import SURVIVAL_LOSSES, time_bins
+from unicon_pipeline.survival_metrics import horizons
 from unicon_pipeline.tables import enumerated
 
 MEMBERS = 5  # of the shipped ensemble
-HORIZONS_DAYS = (365.0, 730.0, 1095.0, 1825.0)
 _ALPHA_PER_RANK = 16.0  # rank 2 has UNICON's alpha for prognosis, 32
 _ADAPTER_LEARNING_RATE = 3e-4
-_CASES_AT_HORIZON = 5  # with an event before it, and as many followed beyond: fewer say nothing about a day
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def read_cohort(planned: Planned) -> Cohort:
     clinical = [None] * len(cases) if task.clinical is None else task.clinical.rows_of(names)
     descriptors = [read_meta(planned.cases, name).get("descriptors") for name in names]
     if outcome.kind == SURVIVAL:
-        outcome = dataclasses.replace(outcome, horizons_days=_horizons(targets))
+        outcome = dataclasses.replace(outcome, horizons_days=horizons(*targets.T))
     used = dataclasses.replace(task, cases=cases)
     return Cohort(used, tuple(clinical), tuple(descriptors), outcome, targets)
 
@@ -251,17 +250,6 @@ def _outcome(task: Task) -> Outcome:
     return Outcome(CLASSES, tuple(class_name(cell) for cell in numbers_first))
 
 
-def _horizons(targets: np.ndarray) -> tuple[float, ...]:
-    """Years, of which the cohort says something; else the median time of its events."""
-    times, seen = targets[:, 0], targets[:, 1] > 0
-
-    def told(day: float) -> bool:
-        return min((seen & (times <= day)).sum(), (times > day).sum()) >= _CASES_AT_HORIZON
-
-    days = tuple(day for day in HORIZONS_DAYS if told(day))
-    return days or ((float(np.ceil(np.median(times[seen]))),) if seen.any() else ())
-
-
 def _inputs(planned: Planned, cohort: Cohort, readable: Sequence[str], options: CaseOptions) -> tuple[str, ...]:
     """What is read: what was asked for and is there, or all that is there."""
     there = {
@@ -316,7 +304,7 @@ def _fit_decisions(
 ) -> Iterator[Decision]:
     sizes, cases = extension.head.options, len(extension.training_cases)
     pooled = "weights of positions are learned" if sizes["attention"] else "too few cases to learn where to look"
-    size = f"{sizes['fusion']}-{sizes['units']}, {MEMBERS} together"
+    size = f"{4 * sizes['units']}-{sizes['units']}, {MEMBERS} together"
     yield Decision("head", size, f"fusion of all inputs, sized for {cases} cases; {pooled}; starts as a linear model")
     yield _outcome_decision(reading.outcome, calibrated=extension.adapter is None or fold == "all")
     where = " of the head, on the frozen encoder" if extension.adapter else ""

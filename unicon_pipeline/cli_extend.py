@@ -84,6 +84,9 @@ def _extend_by_case_task(options: Namespace, where: tuple[Path, Path, Path]) -> 
     from unicon_pipeline.descriptors import DESCRIPTORS
     from unicon_pipeline.extension_plan import format_extension
 
+    end_to_end = {"minutes": options.minutes, "precision": options.precision != "auto", "restart": options.restart}
+    if not options.adapter_rank and (ignored := [name for name, value in end_to_end.items() if value]):
+        raise UniconError(f"--{ignored[0]}: heads on a frozen encoder are fitted in seconds, without this choice.")
     given = {
         "loss": options.loss,
         "inputs": tuple(options.inputs) if options.inputs else None,

@@ -9,7 +9,7 @@ on the grid of voxel corners, so a distance is exact to about a voxel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +195,26 @@ def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float:
     from scipy.stats import mannwhitneyu  # only here: it takes a third of a second to load
 
     return float(mannwhitneyu(high, low).statistic) / (len(high) * len(low))
+
+
+def resample_counts(patients: Sequence[Hashable], resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """(resamples, n) how often each case is in a resample of whole patients, in blocks of bounded size.
+
+    `patients`: of each of the n cases. None of one patient, which shows no spread.
+    """
+    index_of = {label: index for index, label in enumerate(dict.fromkeys(patients))}
+    members = np.array([index_of[label] for label in patients], dtype=np.intp)
+    generator, block = np.random.default_rng(seed), max(1, BOOTSTRAP_BLOCK // max(len(members), 1))
+    for start in range(0, resamples if len(index_of) > 1 else 0, block):
+        share = np.full(len(index_of), 1 / len(index_of))
+        drawn = generator.multinomial(len(index_of), share, size=min(block, resamples - start))
+        yield drawn[:, members].astype(np.float64)
+
+
+def ratio(part: np.ndarray, whole: np.ndarray, otherwise: float = math.nan) -> np.ndarray:
+    """part / whole where whole is above 0, else `otherwise`."""
+    shape = np.broadcast_shapes(np.shape(part), np.shape(whole))
+    return np.divide(part, whole, out=np.full(shape, otherwise), where=np.broadcast_to(whole > 0, shape))
 
 
 def finite_or_none(value: float) -> float | None:

@@ -7,6 +7,7 @@ where follow-up ended before, all bins that end later. Times are days. A kind of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def time_bins(time_days: Sequence[float], event: Sequence[float], count: int = 1
     return tuple(np.unique(np.quantile(times, np.arange(1, bins) / bins)).tolist())
 
 
-class SurvivalLoss(nn.Module):
+class SurvivalLoss(nn.Module, ABC):
     """What every kind of loss offers; `edges` are those of `time_bins`."""
 
     def __init__(self, edges: Sequence[float]) -> None:
@@ -101,14 +102,14 @@ class SurvivalLoss(nn.Module):
             logits = logits[known].to(torch.promote_types(logits.dtype, torch.float32))
             return self.loss(logits, time_days[known].double(), event[known] > 0)
 
+    @abstractmethod
     def loss(self, logits: Tensor, time_days: Tensor, event: Tensor) -> Tensor:
         """As `forward`, of the known cases alone, B >= 0; `time_days` float64, `event` boolean."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def curve(logits: Tensor, edges: Sequence[float], baseline: BaselineHazard | None) -> Tensor:
         """As `survival_curve`, of float64 logits."""
-        raise NotImplementedError
 
     @classmethod
     def risk(cls, logits: Tensor, edges: Sequence[float]) -> Tensor:
@@ -121,9 +122,9 @@ class BinnedLoss(SurvivalLoss):
     """Minus the log probability of the bins that a case's event may be in, mean over the cases."""
 
     @staticmethod
+    @abstractmethod
     def log_probabilities(logits: Tensor) -> Tensor:
         """(B, K) -> (B, K + 1), of the event lying in each bin."""
-        raise NotImplementedError
 
     def loss(self, logits: Tensor, time_days: Tensor, event: Tensor) -> Tensor:
         """See the base."""

@@ -12,12 +12,12 @@ to import, and torch with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from unicon_pipeline.metrics import BOOTSTRAP_BLOCK, finite_or_none
+from unicon_pipeline.metrics import finite_or_none, ratio, resample_counts
 
 # tau is the last day of the training cases on which this share of them is still followed, and up to which they would be
 # without events. No weight then exceeds its inverse: Uno's are squared, so that a single case could decide.
@@ -29,6 +29,10 @@ BRIER_STEPS = 100
 # A Kaplan-Meier estimate of fewer cases says little; more groups show no more.
 CASES_PER_GROUP = 10
 MAX_GROUPS = 5
+
+# Years at which a prognosis is judged: those that have so many training cases with an event before, and beyond.
+HORIZONS_DAYS = (365.0, 730.0, 1095.0, 1825.0)
+CASES_AT_HORIZON = 5
 
 # Where a metric is undefined in this share of the resamples, the others no longer show its spread.
 MAX_LEFT_OUT = 0.25
@@ -58,7 +62,7 @@ class Censoring:
         lost = ((times == days[:, None]) & ~seen).sum(axis=1)
         followed = (times >= days[:, None]).sum(axis=1)
         at_risk = followed - ((times == days[:, None]) & seen).sum(axis=1)
-        probability = np.cumprod(1 - _ratio(lost, at_risk, otherwise=0.0))
+        probability = np.cumprod(1 - ratio(lost, at_risk, otherwise=0.0))
         many = np.minimum(followed / len(times), probability) >= FOLLOWED_SHARE
         tau = days[many].max(initial=days[0])
         return cls(tuple(days.tolist()), tuple(probability.tolist()), float(tau))
@@ -169,7 +173,7 @@ def survival_scores(
     cohort = _Cohort(times, seen, np.asarray(risk, np.float64), censoring)
     labels = list(range(len(times)) if patients is None else patients)
     _check(cohort, curves, labels, horizons)
-    draws, tau = list(_draws(labels, resamples, seed)), censoring.tau_days
+    draws, tau = list(resample_counts(labels, resamples, seed)), censoring.tau_days
     scores = {
         "harrell_c": _score(_harrell(cohort), cohort, draws),
         "uno_c": _score(_uno(cohort), cohort, draws, tau, cohort.unweighted(tau)),
@@ -178,6 +182,16 @@ def survival_scores(
     if curves is not None:
         scores["integrated_brier"] = _score(_brier(cohort, curves, end), cohort, draws, end, cohort.unweighted(end))
     return Survival(scores, tuple(_horizon(cohort, curves, float(day), draws) for day in horizons), tau, end)
+
+
+def horizons(time_days: np.ndarray, event: np.ndarray) -> tuple[float, ...]:
+    """Days at which a cohort (n,) says something of survival: whole years, else the median time of its events."""
+
+    def told(day: float) -> bool:
+        return min(((event > 0) & (time_days <= day)).sum(), (time_days > day).sum()) >= CASES_AT_HORIZON
+
+    years = tuple(day for day in HORIZONS_DAYS if told(day))
+    return years or ((float(np.ceil(np.median(time_days[event > 0]))),) if (event > 0).any() else ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +215,7 @@ class _Cohort:
 
     def event_weight(self, until: np.ndarray) -> np.ndarray:
         """(n,) the inverse probability of not being censored before an event that is `until`, else 0."""
-        return _ratio(until & self.seen, self.censoring(self.times), otherwise=0.0)
+        return ratio(until & self.seen, self.censoring(self.times), otherwise=0.0)
 
 
 def _horizon(cohort: _Cohort, curves: Curves | None, day: float, draws: Sequence[np.ndarray]) -> HorizonScores:
@@ -246,7 +260,7 @@ def _pair_measure(pairs: np.ndarray, high: np.ndarray, low: np.ndarray, rows: np
 
     def measure(weights: np.ndarray) -> np.ndarray:
         firsts = weights[:, rows]
-        return _ratio(((firsts @ right) * weights).sum(axis=1), ((firsts @ pairs) * weights).sum(axis=1))
+        return ratio(((firsts @ right) * weights).sum(axis=1), ((firsts @ pairs) * weights).sum(axis=1))
 
     return measure
 
@@ -261,7 +275,7 @@ def _brier_errors(cohort: _Cohort, predicted: np.ndarray, days: np.ndarray) -> n
     """(n, len(days)) squared errors of the survival `predicted`, weighted; 0 for cases censored by then."""
     beyond = cohort.times[:, None] > days
     died = cohort.event_weight(np.ones(len(cohort.times), bool))[:, None] * ~beyond
-    return died * predicted**2 + _ratio(beyond, cohort.censoring(days)[None], otherwise=0.0) * (1 - predicted) ** 2
+    return died * predicted**2 + ratio(beyond, cohort.censoring(days)[None], otherwise=0.0) * (1 - predicted) ** 2
 
 
 def _mean(values: np.ndarray) -> Measure:
@@ -284,7 +298,7 @@ def _kaplan_meier(cohort: _Cohort, day: float) -> Measure:
         drawn = weights[:, order]
         at_risk = np.cumsum(drawn[:, ::-1], axis=1)[:, ::-1][:, until]
         died = np.add.reduceat(drawn * seen, first, axis=1)[:, : len(until)]
-        survival = np.prod(1 - _ratio(died, at_risk, otherwise=0.0), axis=1)
+        survival = np.prod(1 - ratio(died, at_risk, otherwise=0.0), axis=1)
         followed = drawn[:, times >= day].any(axis=1)
         return np.where(followed | ((survival == 0) & drawn.any(axis=1)), survival, np.nan)
 
@@ -303,17 +317,6 @@ def _points(
         observed = _score(_kaplan_meier(members, day), members, drawn, day, members.unfollowed(day))
         points.append(SurvivalPoint(float(predicted[inside].mean()), observed))
     return tuple(points)
-
-
-def _draws(patients: Sequence[Hashable], resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """(resamples, n) how often each case is in a resample of whole patients, in blocks of bounded size."""
-    index_of = {label: index for index, label in enumerate(dict.fromkeys(patients))}
-    members = np.array([index_of[label] for label in patients])
-    generator, block = np.random.default_rng(seed), max(1, BOOTSTRAP_BLOCK // len(members))
-    for start in range(0, resamples if len(index_of) > 1 else 0, block):
-        share = np.full(len(index_of), 1 / len(index_of))
-        drawn = generator.multinomial(len(index_of), share, size=min(block, resamples - start))
-        yield drawn[:, members].astype(np.float64)
 
 
 def _score(
@@ -337,11 +340,6 @@ def _score(
     else:
         low, high = np.quantile(defined, [0.025, 0.975])
     return SurvivalScore(value, finite_or_none(low), finite_or_none(high), n, events, left_out, remark)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray, otherwise: float = math.nan) -> np.ndarray:
-    shape = np.broadcast_shapes(np.shape(part), np.shape(whole))
-    return np.divide(part, whole, out=np.full(shape, otherwise), where=np.broadcast_to(whole > 0, shape))
 
 
 def _checked(time_days: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
