@@ -11,6 +11,7 @@ from test_model import SPECS, build, images_for
 
 from unicon_pipeline.case_fit import of_survival
 from unicon_pipeline.case_training import CaseData, Run, backward_by_case, case_logits, predict_cases, train_end_to_end
+from unicon_pipeline.device import one_thread
 from unicon_pipeline.errors import DatasetError
 from unicon_pipeline.extension_plan import AdapterPlan, HeadPlan, Schedule
 from unicon_pipeline.store import write_case
@@ -24,12 +25,10 @@ SHAPE = (8, 16, 16)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def _one_thread():
     """Several would wait for each other longer than these small networks take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def run(folder, **changes):

@@ -10,6 +10,7 @@ from torch import nn
 
 from unicon_pipeline.checkpoint import read_checkpoint
 from unicon_pipeline.contract import FeatureLevel, FoundationSpec, InputContract, IntensityRule
+from unicon_pipeline.device import one_thread
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.families import build_foundation
 from unicon_pipeline.families.inflated_resnet import astra_file, convert, recognises
@@ -29,10 +30,8 @@ ASTRA_HU, MERLIN_HU = (-1000.0, 200.0), (-1000.0, 1000.0)
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     # On maps of a few voxels, threads that share busy cores wait for each other longer than they compute.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def tiny_spec() -> FoundationSpec:

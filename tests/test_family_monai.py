@@ -34,10 +34,8 @@ SWIN_HEADS = [1, 2, 3, 4]  # the real ones are 3, 6, 12, 24
 @pytest.fixture(autouse=True)
 def _one_thread():
     # These operations are small; on a busy machine several threads would mostly wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 def tiny_spec():
@@ -404,6 +402,7 @@ def test_without_monai_checkpoints_are_recognised_and_building_says_what_to_inst
 import sys
 sys.modules["monai"] = None
 from unicon_pipeline.checkpoint import read_checkpoint
+from unicon_pipeline.device import one_thread
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.families.monai_encoders import convert, recognises
 from unicon_pipeline.imported import ImportOptions

@@ -175,7 +175,7 @@ def fit_head(
             batch = rows.take(index)
             tokens = _without_some(batch.tokens, options.part_dropout, generator)
             optimizer.zero_grad(set_to_none=True)
-            value = loss(head.fuse(tokens, batch.tabular), batch.targets) + _ridge(head, options.penalty)
+            value = loss(head.fuse(tokens, batch.tabular), batch.targets) + ridge(head, options.penalty)
             if not bool(value.isfinite()):
                 raise UniconError(
                     f"The loss of the head became {value.item()} in epoch {epoch + 1}: look for extreme values in "
@@ -215,11 +215,18 @@ def fit_linear(head: FusionHead, rows: CaseRows, loss: CaseLoss, penalty: float)
     def closure() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         logits = head.linear(tabular) if len(trained) == 2 else head.logits.bias.expand(len(rows), -1)
-        value = loss(logits, rows.targets) + _ridge(head, penalty)
+        value = loss(logits, rows.targets) + ridge(head, penalty)
         value.backward()
         return value
 
     optimizer.step(closure)
+
+
+def ridge(head: FusionHead | FusionEnsemble, penalty: float) -> Tensor:
+    """What `FitOptions.penalty` adds to the loss, mean over the members; 0 where there is no linear part."""
+    members = head.members if isinstance(head, FusionEnsemble) else [head]
+    weights = [member.skip.weight for member in members if member.skip is not None]
+    return 0.5 * penalty * torch.stack(weights).square().sum(dim=2).mean() if weights else torch.zeros(())
 
 
 @torch.no_grad()
@@ -290,10 +297,6 @@ def _optimizer(head: FusionHead, options: FitOptions) -> torch.optim.Optimizer:
         {"params": [*linear, head.logits.bias], "weight_decay": 0.0},  # the ridge penalty holds these
     ]
     return torch.optim.AdamW(groups, lr=options.learning_rate)
-
-
-def _ridge(head: FusionHead, penalty: float) -> Tensor | float:
-    return 0.0 if head.skip is None else 0.5 * penalty * head.skip.weight.square().sum(dim=1).mean()
 
 
 def _without_some(tokens: dict[str, Tensor], rate: float, generator: torch.Generator) -> dict[str, Tensor]:

@@ -6,8 +6,7 @@ training cases alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +28,7 @@ from unicon_pipeline.case_head import FusionHead
 from unicon_pipeline.case_plan import CaseOptions, Cohort, fit_reading, output_channels
 from unicon_pipeline.case_reading import CLASSES, SURVIVAL, CaseReading, Hazard, Outcome
 from unicon_pipeline.cross_validation import inner_folds
+from unicon_pipeline.device import one_thread
 from unicon_pipeline.levels import SkipLevels
 from unicon_pipeline.losses import MultiLabelLoss
 from unicon_pipeline.model import TaskModel
@@ -36,17 +36,6 @@ from unicon_pipeline.survival import SURVIVAL_LOSSES, BaselineHazard, breslow_ba
 from unicon_pipeline.survival_metrics import Curves
 
 _INNER_FOLDS = 5
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For fits of small heads: their layers are done before a second thread has begun."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unicon_pipeline.case_fit import CaseLoss, CaseRows, FitOptions, fit_ensemble, fit_head
-from unicon_pipeline.case_folds import one_thread
-from unicon_pipeline.case_head import FusionEnsemble, FusionHead
-from unicon_pipeline.device import autocast
+from unicon_pipeline.case_fit import CaseLoss, CaseRows, FitOptions, fit_ensemble, fit_head, ridge
+from unicon_pipeline.case_head import FusionEnsemble
+from unicon_pipeline.device import autocast, one_thread
 from unicon_pipeline.extension_plan import Schedule
 from unicon_pipeline.loader import VolumeLoader, usual_workers
 from unicon_pipeline.model import TaskModel
@@ -181,10 +180,10 @@ class _CaseTrainer(Trainer):
             lambda logits: self.loss(logits, targets),
             lambda value: self.scaler.scale(value.to(run.device)),
         )
-        ridge = _ridge(self.model.head, self.penalty)
-        if ridge is not None:
-            self.scaler.scale(ridge).backward()
-            value = value + ridge.detach().cpu()
+        shrinkage = ridge(self.model.head, self.penalty)
+        if shrinkage.requires_grad:
+            self.scaler.scale(shrinkage).backward()
+        value = value + shrinkage.detach().cpu()
         return value, value.new_zeros(1)
 
 
@@ -231,13 +230,6 @@ def _groups(batches: VolumeLoader, size: int) -> Iterator[dict[str, Any]]:
     while True:
         cases = [{"step": batches.step, **next(batches)} for _ in range(size)]
         yield {"cases": cases, "case_ids": [case_id for case in cases for case_id in case["case_ids"]]}
-
-
-def _ridge(head: nn.Module, penalty: float) -> Tensor | None:
-    """The penalty of `FitOptions`, mean over the members."""
-    members: Sequence[FusionHead] = getattr(head, "members", [head])
-    weights = [member.skip.weight for member in members if member.skip is not None]
-    return 0.5 * penalty * torch.stack(weights).square().sum(dim=2).mean() if weights and penalty else None
 
 
 def _digest(data: CaseData, case_ids: Sequence[str], schedule: Schedule, run: Run, begin: FitOptions) -> str:

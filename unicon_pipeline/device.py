@@ -79,6 +79,17 @@ class _DepthTwoInFloat32(TorchFunctionMode):
         return function(*arguments, **options)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For fits of small heads: their layers are done before a second thread has begun."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """What decides whether two runs of one network give the same bits."""
     return {
