@@ -18,6 +18,7 @@ from torch import nn
 
 from unicon_pipeline.checkpoint import read_checkpoint
 from unicon_pipeline.contract import InputContract, IntensityRule
+from unicon_pipeline.device import one_thread
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.families import build_foundation
 from unicon_pipeline.families.monai_encoders import convert, recognises
@@ -402,7 +403,6 @@ def test_without_monai_checkpoints_are_recognised_and_building_says_what_to_inst
 import sys
 sys.modules["monai"] = None
 from unicon_pipeline.checkpoint import read_checkpoint
-from unicon_pipeline.device import one_thread
 from unicon_pipeline.errors import CheckpointError
 from unicon_pipeline.families.monai_encoders import convert, recognises
 from unicon_pipeline.imported import ImportOptions
